@@ -1,0 +1,70 @@
+"""ddad: denoising diffusion anomaly detection.
+
+Learns from photographs of good parts only, rebuilds each new photograph as it would look without a defect, and shows
+the difference. The method is DDAD (Mousakhan, Brox, Tayyub, arXiv 2305.15956).
+
+    from ddad import Detector
+    detector = Detector.from_pretrained("models/tile")
+    result = detector.predict("part.png")
+
+Where to read: the method is `unet`, `sampling`, `features`, `anomaly_map`, `calibration`, `detector`, in this order;
+`training` and `fit` make the weights; `evaluation` and `report` judge them; `cli` is the command line. A module imports
+only modules above it. Names below are loaded when first used, so that `import ddad` does not load torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddad.calibration import Calibration
+    from ddad.config import Settings, make_settings
+    from ddad.detector import Detector, Prediction
+    from ddad.errors import ConfigError, DataError, DDADError, ModelError
+    from ddad.evaluation import Evaluation, evaluate
+    from ddad.fit import fit
+    from ddad.report import write_report
+
+__version__ = version("ddad")
+
+_HOME = {
+    "Calibration": "calibration",
+    "ConfigError": "errors",
+    "DDADError": "errors",
+    "DataError": "errors",
+    "Detector": "detector",
+    "Evaluation": "evaluation",
+    "ModelError": "errors",
+    "Prediction": "detector",
+    "Settings": "config",
+    "evaluate": "evaluation",
+    "fit": "fit",
+    "make_settings": "config",
+    "write_report": "report",
+}
+
+__all__ = [
+    "Calibration",
+    "ConfigError",
+    "DDADError",
+    "DataError",
+    "Detector",
+    "Evaluation",
+    "ModelError",
+    "Prediction",
+    "Settings",
+    "evaluate",
+    "fit",
+    "make_settings",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"ddad.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'ddad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,104 @@
+"""From photograph and reconstruction to a map of differences, a score and regions.
+
+    D_p   pixel_distance     mean over channels of |y - x₀|
+    D_f   feature_distance   1 - cosine, layer by layer, after 3 x 3 mean pooling
+    D     fuse               D_f + v · D_p, each in units of what good parts show
+    σ     smoothing          Gaussian over D; the image's score is its maximum
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+from ddad.features import pool
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected group of anomalous pixels, in pixels of the photograph as it was given."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom; right and bottom are exclusive."""
+    area: int
+    """Pixels."""
+    peak: float
+    """Largest value of the anomaly map inside."""
+
+
+def pixel_distance(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """D_p: mean over channels of |y - x₀|, (B, 3, H, W) twice -> (B, H, W) in [0, 2] for images in [-1, 1]."""
+    return (target - reconstruction).abs().mean(dim=1)
+
+
+def feature_distance(target: Tensor, reconstruction: Tensor, size: tuple[int, int]) -> Tensor:
+    """1 - cosine of one layer's features after 3 x 3 mean pooling, (B, C, h, w) twice -> (B, H, W) in [0, 2]."""
+    distance = 1 - functional.cosine_similarity(pool(target), pool(reconstruction), dim=1)
+    return functional.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def subtract_background(distance: Tensor) -> Tensor:
+    """Each map (B, H, W) above its own median, never below 0: takes out grain that lies all over the part."""
+    median = distance.flatten(1).median(dim=1).values
+    return (distance - median[:, None, None]).clamp(min=0)
+
+
+def fuse(distances: Sequence[Tensor], scales: Sequence[float], weights: Sequence[float]) -> Tensor:
+    """Σ weight · distance / scale, all (B, H, W).
+
+    A scale is what good parts show, measured once on held-out good images, so a map depends on its own image only.
+    (As published the scales are maxima over the test batch.)
+    """
+    fused = torch.zeros_like(distances[0])
+    for distance, scale, weight in zip(distances, scales, weights, strict=True):
+        fused = fused + distance * (weight / scale)
+    return fused
+
+
+def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
+    """Gaussian of `sigma` pixels over (B, H, W), mirrored at the border, cut at 4 σ."""
+    if sigma == 0:
+        return anomaly_map
+    height, width = anomaly_map.shape[-2:]
+    radius = min(math.ceil(4 * sigma), height - 1, width - 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=anomaly_map.dtype, device=anomaly_map.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    blurred = functional.pad(anomaly_map[:, None], (radius,) * 4, mode="reflect")
+    blurred = functional.conv2d(blurred, kernel.view(1, 1, 1, -1))
+    return functional.conv2d(blurred, kernel.view(1, 1, -1, 1))[:, 0]
+
+
+def image_score(anomaly_map: Tensor) -> Tensor:
+    """The maximum of each map: (B, H, W) -> (B,)."""
+    return anomaly_map.flatten(1).amax(dim=1)
+
+
+def regions(
+    anomaly_map: np.ndarray, limit: float, photo_size: tuple[int, int], max_regions: int = 20
+) -> tuple[Region, ...]:
+    """8-connected groups of pixels above `limit` in a map (H, W), strongest first, in a photograph's pixels."""
+    labels, count = ndimage.label(anomaly_map > limit, structure=np.ones((3, 3)))
+    if count == 0:
+        return ()
+    scale_y, scale_x = photo_size[0] / anomaly_map.shape[0], photo_size[1] / anomaly_map.shape[1]
+    index = np.arange(1, count + 1)
+    peaks = ndimage.maximum(anomaly_map, labels, index)
+    areas = ndimage.sum_labels(np.ones_like(anomaly_map), labels, index)
+    boxes = ndimage.find_objects(labels)
+    found = []
+    for rows_columns, area, peak in zip(boxes, areas, peaks, strict=True):
+        rows, columns = rows_columns
+        box = (
+            math.floor(columns.start * scale_x),
+            math.floor(rows.start * scale_y),
+            math.ceil(columns.stop * scale_x),
+            math.ceil(rows.stop * scale_y),
+        )
+        found.append(Region(box, max(1, round(float(area) * scale_x * scale_y)), float(peak)))
+    return tuple(sorted(found, key=lambda region: -region.peak)[:max_regions])

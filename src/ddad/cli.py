@@ -1,0 +1,402 @@
+"""The command line. It parses, calls and prints; what it calls can be called from Python just as well."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ddad import __version__
+from ddad.errors import ConfigError, DataError, DDADError
+
+if TYPE_CHECKING:
+    from ddad.evaluation import Evaluation
+    from ddad.fit import Estimate
+    from ddad.training import Progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find and show defects in photographs of parts, after seeing good parts only.",
+)
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point: users' mistakes end in one line and exit code 1; our bugs keep their traceback."""
+    try:
+        app()
+    except DDADError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"Error: {error}", style="red", markup=False)
+        raise SystemExit(1) from None
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip().lower())
+    if not match or not any(match.groups()):
+        raise typer.BadParameter(f"expected a duration such as 90s, 30m or 1h30m, got {text!r}")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    total = 3600 * hours + 60 * minutes + seconds
+    if total <= 0:
+        raise typer.BadParameter(f"expected a duration above zero, got {text!r}")
+    return total
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise typer.BadParameter(f"expected a rate such as 1% or 0.01, above 0 and below 100%, got {text!r}")
+    return value
+
+
+Preset = Annotated[str, typer.Option(help="xs, s, base: ours; paper, paper-s: as published.")]
+FalseAlarms = Annotated[
+    float, typer.Option(parser=_rate, metavar="RATE", help="Share of good parts that may be flagged, such as 1%.")
+]
+ImageSize = Annotated[int, typer.Option(help="The model's height and width are about this; a multiple of 32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one by default.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images inspected together; scores do not depend on it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[Path, typer.Argument(help="A folder in MVTec layout, or a folder of good images.")]
+Model = Annotated[Path, typer.Argument(help="A model folder, as written by `ddad train`.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ddad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(
+    data: Data,
+    false_alarms: FalseAlarms = 0.01,  # type: ignore[assignment]
+    image_size: ImageSize = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is wrong with a folder of images, and how to mend it."""
+    from ddad.data.check import check as check_data
+
+    report = check_data(data, false_alarms=false_alarms, image_size=image_size)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        console = Console(soft_wrap=True, highlight=False)
+        for line in report.lines():
+            console.print(line, markup=False)
+    if not report.can_train:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    preset: Preset = "xs",
+    image_size: Annotated[
+        int | None, typer.Option(help="The model's height and width are about this; a multiple of 32.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(parser=_duration, metavar="TIME", help="For the whole command, such as 30m; by default 1h."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and noise.")] = 0,
+    false_alarms: FalseAlarms = 0.01,  # type: ignore[assignment]
+    features: Annotated[
+        str | None, typer.Option(help="efficientnet-lite2 (offline), a timm name, or local-dir:FOLDER.")
+    ] = None,
+    denoising_steps: Annotated[int | None, typer.Option(min=1, help="Network calls an image.")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="Any of hflip,vflip,rot90, where a turned part is as good.")
+    ] = None,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Train on good images. The same command again resumes, or finds the model done."""
+    settings = _settings(
+        preset, image_size=image_size, seed=seed, false_alarms=false_alarms, features=features,
+        denoising_steps=denoising_steps, augment=augment,
+    )
+    from ddad.detector import read_record
+    from ddad.fit import fit
+
+    with _Interruptible(), _ProgressPrinter(quiet=as_json) as printer:
+        fit(
+            data, out, settings, steps=steps, time_budget=time_budget, device=device, workers=workers,
+            on_estimate=printer.estimate, on_progress=printer.progress, on_stage=printer.say,
+        )
+    if as_json:
+        print(json.dumps(read_record(out), indent=2))
+    else:
+        printer.say(_promise(read_record(out)))
+        printer.say(f"Model written to {out}. Next: ddad predict {out} IMAGES... --out DIR")
+
+
+@app.command()
+def predict(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="The folder for results.jsonl and the pictures.")],
+    batch_size: BatchSize = 4,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Inspect photographs: scores, verdicts, heatmaps, overlays, reconstructions."""
+    from ddad.data.folder import list_images
+
+    paths: list[Path] = []
+    for path in images:
+        if not path.exists():
+            raise DataError(f"Expected an image or a folder at {path}, found nothing; check the path.")
+        paths += list_images(path) if path.is_dir() else [path]
+    if not paths:
+        raise DataError(f"Expected images in {', '.join(map(str, images))}, found none; name other folders.")
+    from ddad.detector import Detector
+    from ddad.results import write_results
+
+    detector = Detector.from_pretrained(model, device=device)
+    unreadable = flagged = 0
+    with _Interruptible():
+        for row in write_results(detector, paths, out, batch_size=batch_size, workers=workers):
+            unreadable += row["error"] is not None
+            flagged += bool(row["is_anomalous"])
+            if as_json:
+                print(json.dumps(row, ensure_ascii=False))
+            else:
+                print(_sentence(row))
+    if not as_json:
+        print(
+            f"{len(paths)} images: {flagged} anomalous, {len(paths) - flagged - unreadable} not, "
+            f"{unreadable} unreadable. Written to {out}."
+        )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder for metrics.json and report.html.")],
+    batch_size: BatchSize = 4,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on labelled test images; write metrics.json and one report.html."""
+    from ddad.detector import Detector
+    from ddad.report import evaluate_folder
+
+    detector = Detector.from_pretrained(model, device=device)
+    with _Interruptible():
+        evaluation = evaluate_folder(detector, data, out, batch_size=batch_size, workers=workers)
+    _print_evaluation(evaluation, out, as_json)
+
+
+@app.command()
+def info(model: Model, as_json: AsJson = False) -> None:
+    """Say what a model is: settings, data, promise."""
+    from ddad.detector import read_record
+
+    record = read_record(model)
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    settings, training, data = record["settings"], record.get("training", {}), record.get("data", {})
+    table = Table(show_header=False, box=None)
+    rows = {
+        "category": record.get("category"),
+        "preset": settings["preset"],
+        "shape": "{} x {} pixels".format(*record["shape"]),
+        "features": settings["scoring"]["features"],
+        "trained": record.get("trained"),
+        "steps": training.get("steps"),
+        "held-out loss": training.get("held_out_loss"),
+        "good images": " + ".join(str(len(data.get(part, ()))) for part in ("train", "select", "calibration"))
+        + " (train + select + calibration)",
+        "false alarms": _promise(record),
+        "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for images, model and report.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1200,
+    seed: Annotated[int, typer.Option(min=0, help="Of images, weights and batches.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train on built-in rendered parts, evaluate, write report.html: offline, on a CPU, in minutes."""
+    from ddad.data.demo import write_demo_dataset
+
+    data = write_demo_dataset(out / "parts", seed=seed)
+    settings = _settings("xs", image_size=96, seed=seed, false_alarms=0.05)
+    from ddad.detector import Detector
+    from ddad.fit import fit
+    from ddad.report import evaluate_folder
+
+    with _Interruptible(), _ProgressPrinter(quiet=as_json) as printer:
+        printer.say(f"Rendered parts are in {data}.")
+        fit(
+            data, out / "model", settings, steps=steps,
+            on_estimate=printer.estimate, on_progress=printer.progress, on_stage=printer.say,
+        )
+        printer.say("Inspecting the test images.")
+        evaluation = evaluate_folder(Detector.from_pretrained(out / "model"), data, out, workers=2)
+    _print_evaluation(evaluation, out, as_json)
+
+
+def _settings(preset: str, **options: Any) -> Any:
+    from ddad.config import PRESETS, make_settings
+
+    changes: dict[str, Any] = {key: options.get(key) for key in ("image_size", "seed", "false_alarms")}
+    if options.get("features"):
+        changes["scoring"] = {"features": options["features"]}
+    if options.get("augment"):
+        changes["training"] = {"augment": tuple(options["augment"].split(","))}
+    count = options.get("denoising_steps")
+    if count:
+        start = make_settings(preset).sampling.start_timestep if preset in PRESETS else 0
+        if start % count:
+            divisors = ", ".join(str(n) for n in range(1, 51) if start and start % n == 0)
+            raise ConfigError(
+                f"Expected a number of denoising steps that divides {start} ({divisors}), found {count}."
+            )
+        changes["sampling"] = {"stride": start // count}
+    return make_settings(preset, **changes)
+
+
+def _promise(record: dict[str, Any]) -> str:
+    from ddad.calibration import Calibration
+
+    calibration = record.get("calibration")
+    return Calibration.model_validate(calibration).promise() if calibration else "not calibrated"
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    if row["error"]:
+        return f"{row['path']}: not inspected. {row['error']}"
+    verdict = {True: "anomalous", False: "good", None: "no verdict"}[row["is_anomalous"]]
+    p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}"
+    return f"{row['path']}: {verdict} (score {row['anomaly_score']:.3f}{p_value})"
+
+
+def _print_evaluation(evaluation: "Evaluation", out: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(evaluation.to_dict(), indent=2))
+        return
+    table = Table("metric", "value", box=None)
+    for name, value in evaluation.metrics.items():
+        table.add_row(name, "-" if value is None else f"{value:.4g}")
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for note in evaluation.notes:
+        console.print(note, markup=False)
+    console.print(f"Written to {out / 'metrics.json'} and {out / 'report.html'}.", markup=False)
+
+
+class _Interruptible:
+    """Ctrl-C and a saved stop end in a sentence and exit code 130."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from ddad.training import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"Stopped at {error}, and saved. The same command goes on from there.", file=sys.stderr)
+            raise SystemExit(INTERRUPTED)
+        if isinstance(error, KeyboardInterrupt):
+            print("Stopped.", file=sys.stderr)
+            raise SystemExit(INTERRUPTED)
+
+
+class _ProgressPrinter:
+    """A bar with the time left on a terminal; a plain line every tenth elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=quiet, soft_wrap=True, highlight=False)
+        self.bar: Any = None
+        self.task: Any = None
+        self.started_at = 0
+
+    def __enter__(self) -> "_ProgressPrinter":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._stop()
+
+    def say(self, sentence: str) -> None:
+        self._stop()
+        self.console.print(sentence, markup=False)
+
+    def estimate(self, estimate: "Estimate") -> None:
+        self.say(
+            f"{estimate.parameters / 1e6:.1f} M parameters in {estimate.precision}, "
+            f"{estimate.images_per_second:.1f} images a second, {estimate.memory_mb / 1000:.1f} GB of memory: "
+            f"{estimate.steps} steps in about {_time(estimate.train_seconds)}, "
+            f"then {_time(estimate.calibrate_seconds)} to calibrate."
+        )
+
+    def progress(self, progress: "Progress") -> None:
+        held_out = "" if progress.held_out_loss is None else f", held-out loss {progress.held_out_loss:.5f}"
+        if self.console.is_terminal:
+            if self.bar is None:
+                self._start(progress)
+            self.bar.update(self.task, completed=progress.step, loss=f"loss {progress.loss:.4f}{held_out}")
+        elif progress.step % max(1, progress.steps // 10) == 0 or progress.step == progress.steps:
+            left = progress.seconds / progress.step * (progress.steps - progress.step)
+            self.console.print(
+                f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}{held_out}, {_time(left)} left",
+                markup=False,
+            )
+
+    def _start(self, progress: "Progress") -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+        self.bar = Bar(*columns, console=self.console)
+        self.task = self.bar.add_task("training", total=progress.steps, loss="")
+        self.bar.start()
+
+    def _stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""From the scores of good parts to p-values and a threshold: split-conformal prediction.
+
+If a new good part comes from the same source as the n calibration parts, its rank among them is uniform. So calling it
+anomalous when its p-value is at most alpha is wrong for at most a fraction alpha of good parts, on average over
+calibration sets and with no assumption on the distribution of scores. Higher scores are more anomalous.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ddad.errors import ConfigError, DataError
+
+
+def p_value(score: ArrayLike, calibration: ArrayLike) -> float | np.ndarray:
+    """(1 + number of calibration scores >= score) / (n + 1), in [1 / (n + 1), 1].
+
+    score: a number, which gives a float, or an array, which gives an array of its shape. calibration: n scores of good
+    parts, in any order. Raises DataError for an empty or not finite calibration and for scores that are not numbers.
+    """
+    ordered = np.sort(_checked(calibration))
+    scores = np.asarray(score, dtype=np.float64)
+    if np.isnan(scores).any():
+        raise DataError("expected anomaly scores that are numbers, but found not-a-number; check the model's weights.")
+    at_least = len(ordered) - np.searchsorted(ordered, scores, side="left")
+    values = (1 + at_least) / (len(ordered) + 1)
+    return float(values) if scores.ndim == 0 else values
+
+
+def threshold(calibration: ArrayLike, false_alarms: float) -> float:
+    """The score above which (strictly) a part is anomalous: exactly when p_value(score) <= false_alarms.
+
+    It is the k-th largest of n calibration scores, k = floor(false_alarms * (n + 1)): at most k - 1 of them can then
+    reach a score above it. With too few images for the budget, k = 0, it is the largest score, which promises
+    1 / (n + 1); see `promised_rate`. Raises ConfigError unless 0 < false_alarms < 1, DataError as `p_value`.
+    """
+    ordered = np.sort(_checked(calibration))
+    return float(ordered[-max(_rank(len(ordered), false_alarms), 1)])
+
+
+def promised_rate(n: int, false_alarms: float) -> float:
+    """The expected false-alarm rate that a threshold from n calibration images really promises.
+
+    k / (n + 1), which is at most `false_alarms`, or 1 / (n + 1) where n is below `images_needed`. Raises ConfigError
+    unless 0 < false_alarms < 1, DataError unless n >= 1.
+    """
+    if n < 1:
+        raise DataError(f"expected at least 1 calibration image, but found {n}; add photographs of good parts.")
+    return max(_rank(n, false_alarms), 1) / (n + 1)
+
+
+def images_needed(false_alarms: float) -> int:
+    """The fewest calibration images that can promise this false-alarm rate: ceil(1 / false_alarms) - 1.
+
+    Raises ConfigError unless 0 < false_alarms < 1.
+    """
+    _check_rate(false_alarms)
+    total = max(round(1 / false_alarms), 1)
+    return total - 1 if 1 / total <= false_alarms else total
+
+
+def _rank(n: int, false_alarms: float) -> int:
+    """The largest k with k / (n + 1) <= false_alarms, rounded as in p_value: floor(0.29 * 100) would be 28."""
+    _check_rate(false_alarms)
+    k = round(false_alarms * (n + 1))
+    return k if k / (n + 1) <= false_alarms else k - 1
+
+
+def _check_rate(false_alarms: float) -> None:
+    if not 1e-9 <= false_alarms < 1:
+        raise ConfigError(
+            f"expected a false-alarm rate above 0 and below 1, got {false_alarms}; "
+            "use 0.01 for one good part in a hundred."
+        )
+
+
+def _checked(calibration: ArrayLike) -> np.ndarray:
+    scores = np.asarray(calibration, dtype=np.float64).ravel()
+    if scores.size == 0 or not np.isfinite(scores).all():
+        found = "none" if scores.size == 0 else f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} not finite"
+        raise DataError(f"expected finite calibration scores, but found {found}; calibrate again on good images.")
+    return scores

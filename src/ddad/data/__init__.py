@@ -1,0 +1,1 @@
+"""Samples, folders, checks and synthetic data."""

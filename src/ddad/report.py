@@ -1,0 +1,174 @@
+"""One HTML page from an `Evaluation`: everything inline, readable offline, without script and on a telephone."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from ddad import images
+from ddad.evaluation import Evaluation, Example, Row, write_text_atomically
+
+METRIC_NAMES = {
+    "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one; 0.5 is guessing"),
+    "image_ap": ("Image average precision", "area under the precision-recall curve"),
+    "image_f1_max": ("Image F1, oracle", "at the best threshold for these test labels, which nobody knows beforehand"),
+    "pixel_auroc": ("Pixel AUROC", "the same chance for single pixels; high even for coarse maps"),
+    "pixel_ap": ("Pixel average precision", "for single pixels; strict when defects are small"),
+    "aupro": ("AUPRO", "overlap per defect region, up to 30 % false positive pixels"),
+    "aupro_0.05": ("AUPRO, 5 % limit", "the same up to 5 % false positive pixels"),
+    "false_alarm_rate": ("False alarm rate", "share of good images called anomalous"),
+    "miss_rate": ("Miss rate", "share of defective images called normal"),
+    "mean_image_auroc": ("Mean-image AUROC", "baseline: distance to the mean good image; the method has to beat it"),
+    "seconds_per_image": ("Seconds per image", "prediction, reading included"),
+    "peak_memory_mb": ("Peak memory (MB)", "of the whole process"),
+}
+WORST = 6  # images in each of the two lists of mistakes
+BINS = 40
+
+
+def write_report(evaluation: Evaluation, path: str | Path, *, title: str, limit: float | None = None) -> None:
+    """Write the page.
+
+    Args:
+        evaluation: from `evaluate`; one that was loaded from JSON has no pictures, and the page says so.
+        path: the HTML file; it is replaced as a whole.
+        title: heading of the page, say the product and the model.
+        limit: anomaly map value (> 0) that good parts reach; colours start there and are strongest at its double. If
+            None, the threshold, or, without one, the median score of the good images.
+    """
+    rows = evaluation.rows
+    if limit is None:
+        good_scores = [row.anomaly_score for row in rows if not row.is_defective]
+        limit = evaluation.threshold or (float(np.median(good_scores)) if good_scores else 1.0)
+        limit = limit if limit > 0 else 1.0
+    environment = Environment(
+        loader=PackageLoader("ddad"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = _number
+    environment.filters["percent"] = _percent
+    cards = [_card(example, limit) for example in evaluation.examples]
+    good, defective = ([card for card in cards if card["row"].is_defective is label] for label in (False, True))
+    page = environment.get_template("report.html").render(
+        title=title,
+        evaluation=evaluation,
+        headline=_headline(evaluation),
+        metric_names=METRIC_NAMES,
+        histogram=_histogram(rows, evaluation.threshold),
+        cards=cards,
+        worst_good=sorted(good, key=lambda card: -card["row"].anomaly_score)[:WORST],
+        worst_defective=sorted(defective, key=lambda card: card["row"].anomaly_score)[:WORST],
+        limit=limit,
+    )
+    write_text_atomically(Path(path), page)
+
+
+def _headline(evaluation: Evaluation) -> list[str]:
+    """The result in plain sentences, most important first."""
+    metrics, counts = evaluation.metrics, evaluation.counts
+    sentences = [f"{counts['good']} good and {counts['defective']} defective test images."]
+    if (auroc := metrics["image_auroc"]) is not None:
+        sentences.append(f"A defective image scores above a good one in {_percent(auroc)} of all pairs.")
+    baseline = metrics["mean_image_auroc"]
+    if auroc is not None and baseline is not None and baseline >= auroc:
+        sentences.append(
+            f"The plain distance to the mean good image does no worse ({_percent(baseline)}), "
+            "so this test set does not show what the method adds."
+        )
+    if (miss_rate := metrics["miss_rate"]) is not None:
+        missed = round(miss_rate * counts["defective"])
+        sentences.append(f"{missed} of {counts['defective']} defective images were missed ({_percent(miss_rate)}).")
+    if (rate := metrics["false_alarm_rate"]) is not None:
+        false = round(rate * counts["good"])
+        sentence = f"{false} of {counts['good']} good images raised a false alarm ({_percent(rate)})"
+        if evaluation.false_alarms is not None:
+            # Within what chance explains: two standard deviations of a binomial share, plus one image.
+            promised, n = evaluation.false_alarms, counts["good"]
+            expected = promised + 2 * (promised * (1 - promised) / n) ** 0.5 + 1 / n
+            judged = "within" if rate <= expected else "above"
+            sentence += f"; {_percent(promised)} was promised, and this is {judged} what chance allows"
+        sentences.append(sentence + ".")
+    if (aupro := metrics["aupro"]) is not None:
+        sentences.append(f"Defects are located with an AUPRO of {_number(aupro)}.")
+    return sentences
+
+
+def _histogram(rows: Sequence[Row], threshold: float | None) -> dict[str, Any]:
+    """Bars for good images and for defective ones as (bin, images, height in [0, 1] of the tallest of the class).
+
+    Places on the axis are in [0, 1]. The axis is logarithmic where scores are positive and spread widely.
+    """
+    scores = np.array([row.anomaly_score for row in rows])
+    is_defective = np.array([row.is_defective for row in rows])
+    limits = scores if threshold is None else np.append(scores, threshold)
+    low, high = float(limits.min()), float(limits.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    logarithmic = low > 0 and high / low > 4
+
+    def place(value: Any) -> Any:
+        return np.log(value / low) / np.log(high / low) if logarithmic else (value - low) / (high - low)
+
+    bars = {}
+    for name, label in (("good", False), ("defective", True)):
+        counts, _ = np.histogram(place(scores[is_defective == label]), BINS, (0, 1))
+        bars[name] = [(i, int(n), float(n / counts.max())) for i, n in enumerate(counts) if n]
+    return {
+        **bars,
+        "bins": BINS,
+        "logarithmic": logarithmic,
+        "ticks": [
+            (t, low * (high / low) ** t if logarithmic else low + t * (high - low)) for t in np.linspace(0, 1, 5)
+        ],
+        "threshold": None if threshold is None else float(place(threshold)),
+    }
+
+
+def _card(example: Example, limit: float) -> dict[str, Any]:
+    row = example.row
+    if row.is_anomalous is None:
+        verdict, mistake = "no verdict", False
+    else:
+        mistake = row.is_anomalous is not row.is_defective
+        verdict = {
+            (True, True): "found",
+            (True, False): "missed",
+            (False, True): "false alarm",
+            (False, False): "passed",
+        }[row.is_defective, row.is_anomalous]
+    with Image.open(io.BytesIO(example.image)) as image:
+        overlay = images.overlay(np.asarray(image.convert("RGB")), example.anomaly_map, limit)
+    pictures = [
+        ("Input", "jpeg", example.image),
+        ("Reconstruction", "jpeg", example.reconstruction),
+        ("Heatmap", "jpeg", images.encode_jpeg(overlay, 85)),
+    ]
+    if example.mask is not None:
+        pictures.append(("Mask", "png", example.mask))
+    return {
+        "row": row,
+        "name": "/".join(Path(row.path).parts[-2:]),
+        "verdict": verdict,
+        "mistake": mistake,
+        "pictures": [
+            (name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}") for name, kind, content in pictures
+        ],
+        "height": example.anomaly_map.shape[0],
+        "width": example.anomaly_map.shape[1],
+    }
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "\xa0%"

@@ -1,0 +1,101 @@
+"""Write predictions where people and programs find them: `results.jsonl` and pictures."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddad.detector import Detector, Prediction
+from ddad.errors import DataError
+from ddad.images import heatmap, overlay, read_image, write_png
+
+PICTURES = ("heatmap", "overlay", "reconstruction")
+MAX_PICTURE_SIDE = 1024
+"""Pixels of the longer side; larger photographs are drawn reduced."""
+
+
+def write_results(
+    detector: Detector, images: Iterable[Path], out: Path, *, batch_size: int = 4, workers: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Inspect photographs and write, under `out`, `results.jsonl` and a heatmap, an overlay and the reconstruction each.
+
+    A generator of the rows as they are written. A file that cannot be read becomes a row with its reason in `error`;
+    `files` are relative to `out`. All pictures have the photograph's shape, and all heatmaps one scale of colours,
+    taken from good parts.
+
+    Raises:
+        DataError: nothing can be written to `out`.
+    """
+    names = _Names()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for kind in PICTURES:
+            (out / f"{kind}s").mkdir(exist_ok=True)
+        results = (out / "results.jsonl").open("w", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"Expected a folder to write to, found {out} ({error.strerror}); choose another --out.") from None
+    with results:
+        for path, result in detector.stream(images, batch_size, workers):
+            assert isinstance(path, Path)
+            row = to_row(path, result)
+            if isinstance(result, Prediction):
+                row["files"] = _write_pictures(detector, path, result, out, names.unique(path))
+            results.write(json.dumps(row, ensure_ascii=False) + "\n")
+            results.flush()
+            yield row
+
+
+def to_row(path: Path | str, result: Prediction | DataError) -> dict[str, Any]:
+    """One line of `results.jsonl`."""
+    ok = result if isinstance(result, Prediction) else None
+    return {
+        "path": str(path),
+        "anomaly_score": ok and ok.anomaly_score,
+        "p_value": ok and ok.p_value,
+        "is_anomalous": ok and ok.is_anomalous,
+        "threshold": ok and ok.threshold,
+        "regions": [asdict(region) for region in ok.regions] if ok else [],
+        "files": {},
+        "error": None if ok else str(result),
+    }
+
+
+def _write_pictures(detector: Detector, path: Path, prediction: Prediction, out: Path, name: str) -> dict[str, str]:
+    photo = read_image(path, rule=detector.image_rule)
+    scale = min(1.0, MAX_PICTURE_SIDE / max(photo.shape[:2]))
+    size = (max(1, round(photo.shape[1] * scale)), max(1, round(photo.shape[0] * scale)))  # width, height
+
+    def resize(array: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))
+
+    calibration = detector.calibration
+    limit = (calibration and calibration.map_limit) or 1.0  # 1 is a good part's typical peak
+    anomaly_map = resize(prediction.anomaly_map)
+    pictures = {
+        "heatmap": heatmap(anomaly_map, limit),
+        "overlay": overlay(resize(photo), anomaly_map, limit),
+        "reconstruction": resize(prediction.reconstruction),
+    }
+    files = {kind: f"{kind}s/{name}.png" for kind in PICTURES}
+    for kind, picture in pictures.items():
+        write_png(out / files[kind], picture)
+    return files
+
+
+class _Names:
+    """A name for each photograph's pictures: its stem, with a number where two photographs share it."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def unique(self, path: Path) -> str:
+        name, number = path.stem, 1
+        while name.lower() in self._taken:  # some file systems do not tell A from a
+            number += 1
+            name = f"{path.stem}-{number}"
+        self._taken.add(name.lower())
+        return name

@@ -1,0 +1,328 @@
+"""Train the denoiser on good images: the denoising loss, the loop, the moving average.
+
+Batches, timesteps and noise of step k come from a generator seeded by (seed, k): nothing random has to be stored, and
+a run that was stopped at any step and resumed gives, on a CPU, the same weights bit for bit as one that was not.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from ddad.checkpoint import CheckpointStore
+from ddad.config import TrainingSettings
+from ddad.unet import clean_from, create_scheduler, predict, processor_computes_bf16, training_target
+
+Images = Sequence[np.ndarray]
+"""uint8 images (H, W, 3), all of one shape."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; its state is saved and the same command goes on from there."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop reports after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    """Seconds of training so far, earlier sittings included."""
+    held_out_loss: float | None = None
+
+
+def to_unit(images: Images, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (H, W, 3) images as one (B, 3, H, W) float tensor in [-1, 1]."""
+    batch = torch.from_numpy(np.stack(images)).to(device)
+    return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def choose_precision(setting: str, device: torch.device) -> str:
+    """`fp32` or `bf16` for the setting `auto`, `fp32` or `bf16`."""
+    if setting != "auto":
+        return setting
+    return "bf16" if processor_computes_bf16(device) else "fp32"
+
+
+def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
+    """Linear warm-up, then constant or a half cosine down to zero."""
+    warmup = min(settings.warmup_steps, max(1, steps // 10))
+    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if settings.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    return settings.learning_rate * factor
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of everything random in one step."""
+    mixed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(mixed)
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Images of a step: passes over all images, each in an order of its own."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        indices.append(int(order[place]))
+    return indices
+
+
+def draw_timesteps(batch_size: int, max_timestep: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (B,) in [0, max_timestep), spread evenly over the batch (Kingma et al. 2021, low-discrepancy draw)."""
+    offset = torch.rand((), generator=generator)
+    fractions = (offset + torch.arange(batch_size) / batch_size) % 1.0
+    return (fractions * max_timestep).long().clamp(max=max_timestep - 1)
+
+
+def denoising_loss(
+    output: Tensor, target: Tensor, alphas_cumprod: Tensor, settings: TrainingSettings, prediction_type: str
+) -> Tensor:
+    """Squared error of the prediction; `alphas_cumprod` is ā_t shaped (B, 1, 1, 1)."""
+    errors = (output.float() - target) ** 2
+    if settings.loss_weighting == "clean":
+        # An error of v counts √(1-ā), one of ε counts √((1-ā)/ā) in x̂₀.
+        weight = 1 - alphas_cumprod
+        errors = errors * (weight / alphas_cumprod if prediction_type == "epsilon" else weight)
+    return errors.sum() / len(errors) if settings.loss == "sum" else errors.mean()
+
+
+@torch.no_grad()
+def held_out_loss(
+    unet: UNet2DModel, images: Images, alphas_cumprod: Tensor, prediction_type: str, timesteps: Sequence[int]
+) -> float:
+    """Mean squared error of x̂₀ on images not trained on, with fixed noise, averaged over `timesteps`.
+
+    In units of [-1, 1] pixels, so that networks with different predictions and weightings can be compared.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = alphas_cumprod.device
+    total = 0.0
+    for image in images:
+        clean = to_unit([image], device).expand(len(timesteps), -1, -1, -1)
+        alpha = alphas_cumprod[list(timesteps)].view(-1, 1, 1, 1)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        sample = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        output = predict(unet, sample, torch.tensor(timesteps, device=device)).float()
+        total += float(((clean_from(output, sample, alpha, prediction_type) - clean) ** 2).mean())
+    return total / len(images)
+
+
+def augment(batch: Tensor, kinds: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Random flips and quarter turns of (B, 3, H, W), image by image; quarter turns only where H = W."""
+    if not kinds:
+        return batch
+    result = []
+    for image in batch:
+        flip_x, flip_y, turns = torch.randint(0, 4, (3,), generator=generator).tolist()
+        if "hflip" in kinds and flip_x % 2:
+            image = image.flip(-1)
+        if "vflip" in kinds and flip_y % 2:
+            image = image.flip(-2)
+        if "rot90" in kinds:
+            image = image.rot90(turns if image.shape[-1] == image.shape[-2] else 2 * (turns % 2), (-2, -1))
+        result.append(image)
+    return torch.stack(result)
+
+
+class Trainer:
+    """The loop. `step()` does one step; `run()` does all of them, saves, resumes and reports."""
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        settings: TrainingSettings,
+        *,
+        prediction_type: str,
+        max_timestep: int,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = choose_precision(settings.precision, device)
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="bf16" if self.precision == "bf16" else "no"
+        )
+        self.settings = settings
+        self.prediction_type = prediction_type
+        self.max_timestep = max_timestep
+        self.seed = seed
+        self.plain_unet = unet
+        unet.train()
+        optimizer: torch.optim.Optimizer
+        if settings.optimizer == "adam":  # coupled L2, as published
+            optimizer = torch.optim.Adam(
+                unet.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            )
+        else:
+            optimizer = torch.optim.AdamW(
+                unet.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            )
+        self.unet, self.optimizer = self.accelerator.prepare(unet, optimizer)
+        self.device = self.accelerator.device
+        self.alphas_cumprod = create_scheduler(prediction_type).alphas_cumprod.to(self.device)
+        self.ema = (
+            EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
+        )
+
+    def step(self, images: Images, step: int, steps: int) -> Tensor:
+        """One optimisation step; returns the loss, a scalar tensor."""
+        settings = self.settings
+        generator = step_generator(self.seed, step)
+        chosen = [images[i] for i in batch_indices(len(images), settings.batch_size, step, self.seed)]
+        clean = augment(to_unit(chosen), settings.augment, generator)
+        timesteps = draw_timesteps(settings.batch_size, self.max_timestep, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        clean, timesteps, noise = (tensor.to(self.device) for tensor in (clean, timesteps, noise))
+        # Dropout, where a preset has it, draws from the global generator.
+        torch.manual_seed(int(generator.initial_seed()))
+
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        sample = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        target = training_target(clean, noise, alpha, self.prediction_type)
+        output = predict(self.unet, sample, timesteps)
+        loss = denoising_loss(output, target, alpha, settings, self.prediction_type)
+
+        self.accelerator.backward(loss)
+        if settings.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(self.unet.parameters(), settings.gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, settings)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.step(self.plain_unet.parameters())
+        return loss.detach()
+
+    def run(
+        self,
+        images: Images,
+        steps: int,
+        *,
+        held_out: Images = (),
+        store: CheckpointStore | None = None,
+        save_every_seconds: float = 60.0,
+        evaluate_every: int | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_resume: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Train up to `steps` steps in all, from the newest checkpoint in `store` where there is one.
+
+        Afterwards `averaged_weights` has the result.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the state is saved.
+        """
+        done, seconds = self._resume(store)
+        on_resume(done)
+        evaluate_every = evaluate_every or max(1, steps // 10)
+        last_save = started = time.monotonic()
+        with _asked_to_stop() as asked:
+            for index in range(done, steps):
+                loss = float(self.step(images, index, steps))
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss became {loss} at step {index + 1}")
+                now = time.monotonic()
+                finished = index + 1
+                held_out_value = None
+                if len(held_out) and (finished % evaluate_every == 0 or finished == steps):
+                    held_out_value = self.held_out_loss(held_out)
+                on_progress(
+                    Progress(
+                        finished, steps, loss, learning_rate(index, steps, self.settings),
+                        seconds + now - started, held_out_value,
+                    )
+                )
+                if store and (asked() or finished == steps or now - last_save > save_every_seconds):
+                    store.save(finished, self._tensors(), {"seconds": seconds + time.monotonic() - started})
+                    last_save = time.monotonic()
+                if asked() and finished < steps:
+                    raise Interrupted(f"step {finished} of {steps}")
+
+    def held_out_loss(self, images: Images) -> float:
+        """`held_out_loss` of the averaged weights, in evaluation mode."""
+        timesteps = [round(self.max_timestep * f) for f in (0.1, 0.3, 0.5, 0.7, 0.9)]
+        with self.averaged():
+            return held_out_loss(self.unet, images, self.alphas_cumprod, self.prediction_type, timesteps)
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet2DModel]:
+        """The network with its averaged weights, in evaluation mode, for the length of the block."""
+        parameters = list(self.plain_unet.parameters())
+        if self.ema:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        self.plain_unet.eval()
+        try:
+            yield self.plain_unet
+        finally:
+            self.plain_unet.train()
+            if self.ema:
+                self.ema.restore(parameters)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        names = [name for name, _ in self.plain_unet.named_parameters()]
+        groups: dict[str, dict[str, Tensor]] = {"unet": dict(self.plain_unet.state_dict())}
+        state = self.optimizer.state_dict()["state"]
+        groups["optimizer"] = {
+            f"{names[index]}/{key}": value for index, values in state.items() for key, value in values.items()
+        }
+        if self.ema:
+            groups["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
+        return groups
+
+    def _resume(self, store: CheckpointStore | None) -> tuple[int, float]:
+        latest = store.load_latest() if store else None
+        if latest is None:
+            return 0, 0.0
+        tensors, state = latest
+        names = [name for name, _ in self.plain_unet.named_parameters()]
+        self.plain_unet.load_state_dict(tensors["unet"])
+        stored: dict[int, dict[str, Any]] = {}
+        for key, value in tensors["optimizer"].items():
+            name, entry = key.rsplit("/", 1)
+            stored.setdefault(names.index(name), {})[entry] = value
+        optimizer_state = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": stored, "param_groups": optimizer_state["param_groups"]})
+        if self.ema:
+            for shadow, name in zip(self.ema.shadow_params, names, strict=True):
+                shadow.copy_(tensors["ema"][name])
+            self.ema.optimization_step = state["step"]
+        return state["step"], state["seconds"]
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    asked = False
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: nobody can send it signals
+        before.clear()
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

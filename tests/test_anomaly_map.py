@@ -1,0 +1,76 @@
+"""pytest tests/test_anomaly_map.py"""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from ddad.anomaly_map import (
+    Region,
+    feature_distance,
+    fuse,
+    image_score,
+    pixel_distance,
+    regions,
+    smooth,
+    subtract_background,
+)
+
+
+def test_pixel_distance_is_the_mean_over_channels():
+    target = torch.zeros(2, 3, 4, 5)
+    reconstruction = torch.tensor([0.3, -0.6, 0.0]).view(1, 3, 1, 1).expand_as(target)
+    torch.testing.assert_close(pixel_distance(target, reconstruction), torch.full((2, 4, 5), 0.3))
+
+
+def test_feature_distance_is_one_minus_cosine():
+    same = torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert feature_distance(same, 3 * same, (12, 12)).abs().max() < 1e-6  # length does not count
+    torch.testing.assert_close(feature_distance(same, -same, (12, 12)), torch.full((1, 12, 12), 2.0))
+
+
+def test_feature_distance_of_constant_features_has_no_seam_at_the_border():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+    maps = [value.view(1, 2, 1, 1).expand(1, 2, 5, 7) for value in (a, b)]
+    distance = feature_distance(*maps, (10, 14))
+    torch.testing.assert_close(distance, torch.full((1, 10, 14), 1 - 0.5**0.5))
+
+
+def test_fuse_weighs_in_units_of_good_parts():
+    one, two = torch.full((1, 2, 2), 3.0), torch.full((1, 2, 2), 8.0)
+    torch.testing.assert_close(fuse([one, two], [1.5, 4.0], [2.0, 0.5]), torch.full((1, 2, 2), 2 * 2 + 2 * 0.5))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 2.5])
+def test_smoothing_equals_scipy(sigma):
+    values = torch.rand(2, 31, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = [ndimage.gaussian_filter(v, sigma, mode="mirror", radius=int(np.ceil(4 * sigma))) for v in values.numpy()]
+    np.testing.assert_allclose(smooth(values, sigma).numpy(), np.stack(expected), atol=1e-9)
+
+
+def test_smoothing_a_map_smaller_than_the_kernel():
+    torch.testing.assert_close(smooth(torch.full((1, 4, 4), 2.0), 10.0), torch.full((1, 4, 4), 2.0))
+
+
+def test_background_leaves_what_stands_out():
+    grain = torch.full((1, 5, 5), 0.4)
+    grain[0, 2, 2] = 1.0
+    cleared = subtract_background(grain)
+    assert cleared[0, 2, 2] == pytest.approx(0.6)
+    assert cleared.sum() == pytest.approx(0.6)
+
+
+def test_score_is_the_maximum():
+    assert image_score(torch.arange(12.0).view(2, 2, 3)).tolist() == [5, 11]
+
+
+def test_regions_are_connected_over_corners_and_in_photograph_pixels():
+    anomaly_map = np.zeros((10, 20), np.float32)
+    anomaly_map[1, 1] = anomaly_map[2, 2] = 5.0  # touch at a corner: one region
+    anomaly_map[7:9, 10:14] = 3.0
+    anomaly_map[5, 0] = 1.0  # at the limit, not above it
+    assert regions(anomaly_map, 1.0, photo_size=(20, 40)) == (
+        Region(box=(2, 2, 6, 6), area=8, peak=5.0),
+        Region(box=(20, 14, 28, 18), area=32, peak=3.0),
+    )
+    assert regions(anomaly_map, 9.0, photo_size=(20, 40)) == ()

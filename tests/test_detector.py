@@ -1,0 +1,215 @@
+"""pytest tests/test_detector.py"""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from analytic import GaussianUNet
+from PIL import Image
+
+from ddad.config import make_settings
+from ddad.detector import Detector, read_record
+from ddad.errors import ConfigError, DataError, ModelError
+from ddad.features import create_features
+from ddad.unet import create_scheduler, create_unet
+
+SHAPE = (64, 64)
+
+
+def good_image(seed, shape=SHAPE):
+    rng = np.random.default_rng(seed)
+    return np.clip(128 + 12 * rng.standard_normal((*shape, 1)), 0, 255).astype(np.uint8).repeat(3, axis=2)
+
+
+def defective_image(seed):
+    image = good_image(seed)
+    image[20:32, 40:50] = 255
+    return image
+
+
+@pytest.fixture(scope="module")
+def features():
+    return create_features("efficientnet-lite2", (2, 3))
+
+
+def analytic_detector(features, **sampling):
+    settings = make_settings("xs", false_alarms=0.1, sampling=sampling, network={"prediction_type": "epsilon"})
+    unet = GaussianUNet(0.0, 0.1)
+    detector = Detector(unet, create_scheduler("epsilon"), features, settings, SHAPE, device="cpu")
+    detector.calibrate([good_image(i) for i in range(6)], [good_image(100 + i) for i in range(19)])
+    return detector
+
+
+@pytest.fixture(scope="module")
+def detector(features):
+    return analytic_detector(features)
+
+
+def test_the_ideal_denoiser_finds_the_defect_where_it_is(detector):
+    result = detector.predict(defective_image(7))
+    assert result.is_anomalous is True
+    assert result.p_value == pytest.approx(1 / 20)
+    assert result.anomaly_score == pytest.approx(float(result.anomaly_map.max()))
+    row, column = np.unravel_index(result.anomaly_map.argmax(), SHAPE)
+    assert 20 <= row < 32
+    assert 40 <= column < 50
+    left, top, right, bottom = result.regions[0].box
+    assert left < 45 < right
+    assert top < 26 < bottom
+    # The reconstruction is grey where the defect was white.
+    assert result.reconstruction[20:32, 40:50].mean() < 160 < result.image[20:32, 40:50].mean()
+
+
+def test_good_parts_are_flagged_about_as_often_as_promised(detector):
+    flagged = [detector.predict(good_image(1000 + i)).is_anomalous for i in range(100)]
+    # 10 % promised from 19 images: the realised rate is Beta(2, 18) distributed; 99.9 % of it is below 0.4.
+    assert np.mean(flagged) < 0.4
+
+
+@pytest.mark.parametrize("sampling", [{}, {"start_noise": "seeded", "eta": 1.0}])
+def test_same_image_same_score_alone_in_any_batch_and_order(features, sampling):
+    detector = analytic_detector(features, **sampling)
+    images = [good_image(i) if i % 3 else defective_image(i) for i in range(7)]
+    alone = [detector.predict(image).anomaly_score for image in images]
+    for batch_size in (2, 7):
+        together = [result.anomaly_score for result in detector.predict(images, batch_size)]
+        np.testing.assert_allclose(together, alone, rtol=1e-5)
+    backwards = [result.anomaly_score for result in detector.predict(images[::-1], 3)][::-1]
+    np.testing.assert_allclose(backwards, alone, rtol=1e-5)
+
+
+def test_a_real_network_scores_the_same_in_any_batch_and_worker_count(features, tmp_path):
+    torch.manual_seed(0)
+    detector = Detector(
+        create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE, device="cpu"
+    )
+    detector.calibrate([good_image(i) for i in range(3)], [good_image(10 + i) for i in range(3)])
+    paths = []
+    for i in range(5):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(defective_image(i)).save(paths[-1])
+    alone = [detector.predict(path).anomaly_score for path in paths]
+    for batch_size, workers in ((5, 1), (2, 4)):
+        together = [result.anomaly_score for _, result in detector.stream(paths, batch_size, workers)]
+        np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_bf16_moves_scores_by_a_few_percent_at_most(features):
+    detector = analytic_detector(features)
+    images = [good_image(i) if i % 2 else defective_image(i) for i in range(8)]
+    exact = detector.predict(images)
+    detector.precision = "bf16"
+    rough = detector.predict(images)
+    ratios = [b.anomaly_score / a.anomaly_score for a, b in zip(exact, rough, strict=True)]
+    np.testing.assert_allclose(ratios, 1, atol=0.05)
+    clear = [abs(a.anomaly_score / a.threshold - 1) > 0.05 for a in exact]
+    assert [a.is_anomalous for a, c in zip(exact, clear, strict=True) if c] == [
+        b.is_anomalous for b, c in zip(rough, clear, strict=True) if c
+    ]
+
+
+def test_every_kind_of_source_gives_the_same_prediction(detector, tmp_path):
+    image = defective_image(3)
+    path = tmp_path / "part.png"
+    Image.fromarray(image).save(path)
+    sources = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), Image.open(path), image]
+    scores = {round(result.anomaly_score, 6) for result in detector.predict(sources)}
+    assert len(scores) == 1
+
+
+def test_a_photograph_of_another_size_has_regions_in_its_own_pixels(detector):
+    large = np.asarray(Image.fromarray(defective_image(5)).resize((192, 128), Image.Resampling.NEAREST))
+    result = detector.predict(large)
+    left, top, right, bottom = result.regions[0].box
+    assert left < 135 < right <= 192
+    assert top < 52 < bottom <= 128
+    assert result.anomaly_map.shape == SHAPE
+
+
+def test_an_unreadable_file_does_not_stop_a_stream(detector, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    results = [result for _, result in detector.stream([good_image(0), broken, good_image(1)], batch_size=2)]
+    assert isinstance(results[1], DataError)
+    assert results[2].anomaly_score == pytest.approx(detector.predict(good_image(1)).anomaly_score, rel=1e-5)
+    with pytest.raises(DataError, match="the content is none of these"):
+        detector.predict(broken)
+
+
+def test_saved_and_loaded_is_the_same_without_pickle(features, tmp_path):
+    torch.manual_seed(0)
+    settings = make_settings("xs", false_alarms=0.2)
+    detector = Detector(create_unet("xs"), create_scheduler("v_prediction"), features, settings, SHAPE, device="cpu")
+    detector.calibrate([good_image(i) for i in range(3)], [good_image(10 + i) for i in range(4)])
+    folder = tmp_path / "model"
+    detector.save_pretrained(folder)
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} == {".json", ".safetensors", ".md"}
+    assert not list(tmp_path.glob(".unfinished*"))
+
+    loaded = Detector.from_pretrained(folder, device="cpu")
+    before, after = detector.predict(defective_image(0)), loaded.predict(defective_image(0))
+    assert after.anomaly_score == before.anomaly_score
+    assert (after.p_value, after.threshold, after.regions) == (before.p_value, before.threshold, before.regions)
+    assert loaded.settings == settings
+
+
+def test_parts_load_in_plain_diffusers(features, tmp_path):
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = create_unet("xs").eval()
+    settings = make_settings("xs")
+    Detector(unet, create_scheduler("v_prediction"), features, settings, SHAPE).save_pretrained(tmp_path / "model")
+    plain = UNet2DModel.from_pretrained(tmp_path / "model", subfolder="unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler")
+    sample = torch.randn(1, 12, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(sample, 5).sample, unet(sample, 5).sample)
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.clip_sample is False
+
+
+def test_the_published_head_count_is_set_after_loading(features, tmp_path):
+    torch.manual_seed(0)
+    settings = make_settings("paper-s", scoring={"features": "efficientnet-lite2"})
+    detector = Detector(create_unet("s"), create_scheduler("epsilon"), features, settings, SHAPE, device="cpu")
+    detector.save_pretrained(tmp_path / "model")
+    loaded = Detector.from_pretrained(tmp_path / "model", device="cpu")
+    heads = {module.heads for module in loaded.unet.modules() if type(module).__name__ == "Attention"}
+    assert heads == {2}
+
+
+def test_without_calibration_there_is_no_verdict(features):
+    detector = analytic_detector(features)
+    detector.calibration = detector.calibration.model_copy(
+        update={"scores": (), "threshold": None, "false_alarms": None, "map_limit": None}
+    )
+    result = detector.predict(defective_image(0))
+    assert (result.p_value, result.is_anomalous, result.threshold, result.regions) == (None, None, None, ())
+    detector.calibration = None
+    with pytest.raises(ConfigError, match="Expected a model with map scales, found none"):
+        detector.predict(defective_image(0))
+
+
+def test_what_is_not_a_model_is_said_in_a_sentence(tmp_path, features):
+    with pytest.raises(ModelError, match=r"Expected a model folder with a detector.json, found none at .*nowhere; name"):
+        Detector.from_pretrained(tmp_path / "nowhere")
+    Detector(
+        create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE
+    ).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "detector.json"
+    whole = path.read_text()
+
+    path.write_text(json.dumps({**json.loads(whole), "format_version": 99}))
+    with pytest.raises(ModelError, match=r"Expected model format 1 in .*, found 99; update ddad"):
+        read_record(tmp_path / "model")
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"Expected a complete .*detector.json, found a damaged one"):
+        Detector.from_pretrained(tmp_path / "model")
+    path.write_text(whole)
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="Expected the network and its scheduler in"):
+        Detector.from_pretrained(tmp_path / "model")
