@@ -44,7 +44,9 @@ def test_fuse_weighs_in_units_of_good_parts():
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 2.5])
 def test_smoothing_equals_scipy(sigma):
     values = torch.rand(2, 31, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = [ndimage.gaussian_filter(v, sigma, mode="mirror", radius=int(np.ceil(4 * sigma))) for v in values.numpy()]
+    expected = [
+        ndimage.gaussian_filter(v, sigma, mode="mirror", radius=int(np.ceil(4 * sigma))) for v in values.numpy()
+    ]
     np.testing.assert_allclose(smooth(values, sigma).numpy(), np.stack(expected), atol=1e-9)
 
 

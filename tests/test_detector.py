@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from analytic import GaussianUNet
 from PIL import Image
 
+from analytic import GaussianUNet
 from ddad.config import make_settings
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError, ModelError
@@ -194,11 +194,13 @@ def test_without_calibration_there_is_no_verdict(features):
 
 
 def test_what_is_not_a_model_is_said_in_a_sentence(tmp_path, features):
-    with pytest.raises(ModelError, match=r"Expected a model folder with a detector.json, found none at .*nowhere; name"):
+    with pytest.raises(
+        ModelError, match=r"Expected a model folder with a detector.json, found none at .*nowhere; name"
+    ):
         Detector.from_pretrained(tmp_path / "nowhere")
-    Detector(
-        create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE
-    ).save_pretrained(tmp_path / "model")
+    Detector(create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE).save_pretrained(
+        tmp_path / "model"
+    )
     path = tmp_path / "model" / "detector.json"
     whole = path.read_text()
 

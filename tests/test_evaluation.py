@@ -209,7 +209,7 @@ def test_mistakes(pairs, tmp_path):
         with pytest.raises(DataError, match=r"format version 1, found something else at .*; run `ddad evaluate` again"):
             Evaluation.load(tmp_path / "other.json")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"expected a place to write .*metrics.json, found that it cannot be written"):
+    with pytest.raises(DataError, match=r"Expected a place to write .*metrics.json, found that it cannot be written"):
         evaluate(pairs).save(tmp_path / "file" / "metrics.json")
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from analytic import GaussianUNet
 
+from analytic import GaussianUNet
 from ddad.config import SamplingSettings
 from ddad.sampling import condition, reconstruct, step
 from ddad.unet import clean_from, create_scheduler, predict, training_target

@@ -1,9 +1,9 @@
 """From photograph and reconstruction to a map of differences, a score and regions.
 
-    D_p   pixel_distance     mean over channels of |y - x₀|
-    D_f   feature_distance   1 - cosine, layer by layer, after 3 x 3 mean pooling
-    D     fuse               D_f + v · D_p, each in units of what good parts show
-    σ     smoothing          Gaussian over D; the image's score is its maximum
+D_p   pixel_distance     mean over channels of |y - x₀|
+D_f   feature_distance   1 - cosine, layer by layer, after 3 x 3 mean pooling
+D     fuse               D_f + v · D_p, each in units of what good parts show
+σ     smoothing          Gaussian over D; the image's score is its maximum
 """
 
 import math

@@ -47,7 +47,8 @@ class Calibration(BaseModel):
         if self.false_alarms is None or self.promised_rate is None:
             return "Not calibrated: there is no threshold, so no verdict."
         count = len(self.scores)
-        text = f"{count} good calibration images: about {self.promised_rate:.1%} of good parts are flagged in the long run."
+        share = f"about {self.promised_rate:.1%} of good parts are flagged in the long run"
+        text = f"{count} good calibration images: {share}."
         if self.promised_rate > self.false_alarms * 1.0001:
             needed = conformal.images_needed(self.false_alarms)
             text += (
@@ -69,9 +70,7 @@ def map_scales(distances: Sequence[Sequence[Tensor]], sigma: float) -> tuple[flo
     return tuple(float(value) for value in peaks.median(dim=0).values.clamp(min=1e-6))
 
 
-def fused_map(
-    distances: Sequence[Tensor], scales: Sequence[float], weights: Sequence[float], sigma: float
-) -> Tensor:
+def fused_map(distances: Sequence[Tensor], scales: Sequence[float], weights: Sequence[float], sigma: float) -> Tensor:
     """D: distances in units of good parts, weighted, summed and smoothed, (B, H, W).
 
     Weights are divided by their sum, so that 1 means what a good part's peak typically is.
@@ -89,7 +88,9 @@ def calibrate(
         DataError: a score that is not a finite number.
     """
     if not np.isfinite(scores).all():
-        raise DataError("Expected finite scores for the calibration images, found NaN or infinity; train the model again.")
+        raise DataError(
+            "Expected finite scores for the calibration images, found NaN or infinity; train the model again."
+        )
     peaks = [float(one.max()) for one in maps]
     return Calibration(
         scales=tuple(scales),

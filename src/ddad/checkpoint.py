@@ -1,16 +1,11 @@
 """State of an unfinished run: atomic to write, exact to resume, no pickle.
 
-A checkpoint is a folder `step-<n>` of safetensors files and one `state.json`. It is written under a temporary name,
-flushed to disk and renamed, so that a process killed at any moment leaves either the whole checkpoint or the one
-before. The same "write, then rename" serves every file and folder this package saves.
+A checkpoint is a folder `step-<n>` of safetensors files and one `state.json`, written under a temporary name and then
+renamed: a process killed at any moment leaves either the whole checkpoint or the one before.
 """
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddad.errors import ModelError
-
-TEMPORARY_PREFIX = ".unfinished-"
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name once the block has ended without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        _flush(temporary)
-        if path.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-            path.rename(replaced / path.name)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(path)
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from ddad.files import TEMPORARY_PREFIX, atomic_folder, write_json
 
 
 class CheckpointStore:
@@ -74,9 +28,8 @@ class CheckpointStore:
         """Store groups of named tensors and a JSON-serialisable state as they are after `step` steps."""
         with atomic_folder(self.folder / f"step-{step:09d}") as folder:
             for group, values in tensors.items():
-                # Views that share memory cannot be stored; clones are cheap beside a step.
-                save_file({name: value.detach().cpu().contiguous() for name, value in values.items()},
-                          folder / f"{group}.safetensors")
+                stored = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+                save_file(stored, folder / f"{group}.safetensors")
             write_json(folder / "state.json", {"step": step, **state})
         for old in self._finished()[: -self.keep]:
             shutil.rmtree(old)

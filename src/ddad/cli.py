@@ -14,6 +14,7 @@ from ddad import __version__
 from ddad.errors import ConfigError, DataError, DDADError
 
 if TYPE_CHECKING:
+    from ddad.data.check import CheckReport
     from ddad.evaluation import Evaluation
     from ddad.fit import Estimate
     from ddad.training import Progress
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Find and show defects in photographs of parts, after seeing good parts only.",
 )
 INTERRUPTED = 130
+SHOWN_PATHS = 5
 
 
 def main() -> None:
@@ -89,7 +91,7 @@ def _common(
 @app.command()
 def check(
     data: Data,
-    false_alarms: FalseAlarms = 0.01,  # type: ignore[assignment]
+    false_alarms: FalseAlarms = 0.01,
     image_size: ImageSize = 256,
     as_json: AsJson = False,
 ) -> None:
@@ -100,9 +102,7 @@ def check(
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        console = Console(soft_wrap=True, highlight=False)
-        for line in report.lines():
-            console.print(line, markup=False)
+        _print_check(report)
     if not report.can_train:
         raise typer.Exit(1)
 
@@ -121,7 +121,7 @@ def train(
         typer.Option(parser=_duration, metavar="TIME", help="For the whole command, such as 30m; by default 1h."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and noise.")] = 0,
-    false_alarms: FalseAlarms = 0.01,  # type: ignore[assignment]
+    false_alarms: FalseAlarms = 0.01,
     features: Annotated[
         str | None, typer.Option(help="efficientnet-lite2 (offline), a timm name, or local-dir:FOLDER.")
     ] = None,
@@ -135,16 +135,29 @@ def train(
 ) -> None:
     """Train on good images. The same command again resumes, or finds the model done."""
     settings = _settings(
-        preset, image_size=image_size, seed=seed, false_alarms=false_alarms, features=features,
-        denoising_steps=denoising_steps, augment=augment,
+        preset,
+        image_size=image_size,
+        seed=seed,
+        false_alarms=false_alarms,
+        features=features,
+        denoising_steps=denoising_steps,
+        augment=augment,
     )
     from ddad.detector import read_record
     from ddad.fit import fit
 
     with _Interruptible(), _ProgressPrinter(quiet=as_json) as printer:
         fit(
-            data, out, settings, steps=steps, time_budget=time_budget, device=device, workers=workers,
-            on_estimate=printer.estimate, on_progress=printer.progress, on_stage=printer.say,
+            data,
+            out,
+            settings,
+            steps=steps,
+            time_budget=time_budget,
+            device=device,
+            workers=workers,
+            on_estimate=printer.estimate,
+            on_progress=printer.progress,
+            on_stage=printer.say,
         )
     if as_json:
         print(json.dumps(read_record(out), indent=2))
@@ -261,8 +274,13 @@ def demo(
     with _Interruptible(), _ProgressPrinter(quiet=as_json) as printer:
         printer.say(f"Rendered parts are in {data}.")
         fit(
-            data, out / "model", settings, steps=steps,
-            on_estimate=printer.estimate, on_progress=printer.progress, on_stage=printer.say,
+            data,
+            out / "model",
+            settings,
+            steps=steps,
+            on_estimate=printer.estimate,
+            on_progress=printer.progress,
+            on_stage=printer.say,
         )
         printer.say("Inspecting the test images.")
         evaluation = evaluate_folder(Detector.from_pretrained(out / "model"), data, out, workers=2)
@@ -282,11 +300,28 @@ def _settings(preset: str, **options: Any) -> Any:
         start = make_settings(preset).sampling.start_timestep if preset in PRESETS else 0
         if start % count:
             divisors = ", ".join(str(n) for n in range(1, 51) if start and start % n == 0)
-            raise ConfigError(
-                f"Expected a number of denoising steps that divides {start} ({divisors}), found {count}."
-            )
+            raise ConfigError(f"Expected a number of denoising steps that divides {start} ({divisors}), found {count}.")
         changes["sampling"] = {"stride": start // count}
     return make_settings(preset, **changes)
+
+
+def _print_check(report: "CheckReport") -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.test.items()) or "none"
+    console.print(f"{report.category}: {report.train} good images to train on; test images: {kinds}.", markup=False)
+    if report.shape and report.split:
+        parts = ", ".join(f"{count} {part}" for part, count in report.split.items())
+        console.print(f"Model of {report.shape[0]} x {report.shape[1]} pixels (height x width); {parts}.", markup=False)
+    colours = {"error": "red", "warning": "yellow", "info": "cyan"}
+    for finding in report.findings:
+        console.print(f"{finding.level}: {finding.message}", style=colours[finding.level], markup=False)
+        if finding.advice:
+            console.print(f"    {finding.advice}", markup=False)
+        for path in finding.paths[:SHOWN_PATHS]:
+            console.print(f"    - {path}", markup=False)
+        if len(finding.paths) > SHOWN_PATHS:
+            console.print(f"    - and {len(finding.paths) - SHOWN_PATHS} more", markup=False)
+    console.print("Training can start." if report.can_train else "Training cannot start.", markup=False)
 
 
 def _promise(record: dict[str, Any]) -> str:
@@ -394,8 +429,6 @@ def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 
 
 if __name__ == "__main__":

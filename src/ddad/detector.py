@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddad.anomaly_map import (
     Region,
@@ -29,15 +29,16 @@ from ddad.anomaly_map import (
     subtract_background,
 )
 from ddad.calibration import Calibration, Ranking, calibrate, fused_map, map_scales
-from ddad.checkpoint import atomic_folder, write_json
 from ddad.config import Settings, parse_settings
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
+from ddad.files import atomic_folder, write_json, write_text
 from ddad.images import ImageRule, read_photo
 from ddad.sampling import reconstruct
 from ddad.unet import clean_from, predict, set_attention_heads
 
 FORMAT_VERSION = 1
+PACKAGES = ("ddad", "torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 
 
@@ -78,9 +79,9 @@ class Detector:
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: Any,
         scheduler: DDIMScheduler,
-        features: nn.Module,
+        features: Any,
         settings: Settings,
         shape: tuple[int, int],
         *,
@@ -115,7 +116,7 @@ class Detector:
     # -- the method -------------------------------------------------------------------------------------------------
 
     def reconstruct(self, target: Tensor, images: Sequence[np.ndarray]) -> Tensor:
-        """Reconstructions (B, 3, H, W) of `target` (B, 3, H, W) in [-1, 1]; noise is seeded by the pixels of `images`."""
+        """Reconstructions of `target`, (B, 3, H, W) in [-1, 1]; noise is seeded by the pixels of `images`."""
         sampling = self.settings.sampling
         generators = [_generator(image) for image in images]
 
@@ -126,9 +127,7 @@ class Detector:
         def denoiser(sample: Tensor, timestep: int) -> Tensor:
             timesteps = torch.full((len(sample),), timestep, device=sample.device)
             output = predict(self.unet, sample, timesteps).float()
-            return clean_from(
-                output, sample, self.alphas_cumprod[timestep], self.scheduler.config.prediction_type
-            )
+            return clean_from(output, sample, self.alphas_cumprod[timestep], self.scheduler.config.prediction_type)
 
         return reconstruct(
             denoiser,
@@ -197,7 +196,7 @@ class Detector:
     # -- use --------------------------------------------------------------------------------------------------------
 
     @overload
-    def predict(self, images: ImageSource, batch_size: int = ...) -> Prediction: ...
+    def predict(self, images: ImageSource, batch_size: int = ...) -> Prediction: ...  # type: ignore[overload-overlap]
     @overload
     def predict(self, images: Sequence[ImageSource], batch_size: int = ...) -> list[Prediction]: ...
     def predict(
@@ -252,9 +251,7 @@ class Detector:
             return error
         return _Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
 
-    def _predict_batch(
-        self, batch: Sequence[_Photo]
-    ) -> list[Prediction]:
+    def _predict_batch(self, batch: Sequence[_Photo]) -> list[Prediction]:
         if not batch:
             return []
         if self.calibration is None:
@@ -313,7 +310,7 @@ class Detector:
             write_json(temporary / "detector.json", record)
             for name, file in (extra or {}).items():
                 shutil.copyfile(file, temporary / name)
-            (temporary / "README.md").write_text(card or "# ddad model\n", encoding="utf-8")
+            write_text(temporary / "README.md", card or "# ddad model\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "Detector":
@@ -373,8 +370,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    names = ("ddad", "torch", "diffusers", "timm", "numpy", "pillow")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 
 def _generator(image: np.ndarray) -> torch.Generator:

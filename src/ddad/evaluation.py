@@ -16,10 +16,8 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,7 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddad import images
+from ddad.detector import package_versions
 from ddad.errors import DataError
+from ddad.files import write_json
 from ddad.metrics import EXACT_LIMIT, PixelMetrics, image_metrics, pixel_metrics
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ METRICS = (
     "peak_memory_mb",
 )
 PLAIN_FIELDS = ("counts", "per_kind", "threshold", "false_alarms", "settings", "versions", "machine", "date")
-PACKAGES = ("ddad", "torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy")
 PICTURE_SIZE = 256  # pixels of the longer side of the example pictures
 FORMAT_VERSION = 1
 
@@ -109,7 +108,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write JSON to `path`, which is complete or, after a crash, as it was before."""
-        write_text_atomically(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -313,32 +312,11 @@ def evaluate(
         rows=tuple(rows),
         notes=tuple(notes),
         settings=json.loads(json.dumps(dict(settings or {}), default=str)),
-        versions=_versions(),
+        versions=package_versions(),
         machine=_machine(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         examples=gallery.examples(),
     )
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 under a temporary name and rename it, so that nobody ever reads half a file; makes missing folders.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"expected a place to write {path}, found that it cannot be written ({error.strerror}); "
-            "free space or choose another folder."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class _Gallery:
@@ -441,14 +419,6 @@ def _peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _machine() -> dict[str, str]:

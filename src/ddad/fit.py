@@ -19,13 +19,14 @@ import numpy as np
 import psutil
 import torch
 
-from ddad.checkpoint import CheckpointStore, write_json
+from ddad.checkpoint import CheckpointStore
 from ddad.config import Settings
 from ddad.data.folder import scan
 from ddad.data.samples import content_hash, fingerprint, model_shape, split_good
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, ModelError
 from ddad.features import create_features
+from ddad.files import write_json
 from ddad.images import ImageRule, fit_image_rule, probe, read_image
 from ddad.training import Progress, Trainer
 from ddad.unet import create_scheduler, create_unet, parameter_count
@@ -163,10 +164,9 @@ def fit(
         features = create_features(settings.scoring.features, settings.scoring.feature_layers)
         scheduler = create_scheduler(settings.network.prediction_type)
         trainer = _trainer(unet, settings, device)
-        detector = Detector(
-            unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device
-        )
-        estimate = _measure(trainer, detector, settings, images, split, time_budget, steps or (plan and plan.steps), started)
+        detector = Detector(unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device)
+        fixed = plan.steps if plan else steps
+        estimate = _measure(trainer, detector, settings, images, split, time_budget, fixed, started)
         if not plan:
             plan = Plan(
                 settings=settings.model_dump(mode="json"),
@@ -190,8 +190,12 @@ def fit(
             on_progress(event)
 
         trainer.run(
-            images, plan.steps, held_out=_spread(select, 32), store=store,
-            on_progress=progress, on_resume=log.resume,
+            images,
+            plan.steps,
+            held_out=_spread(select, 32),
+            store=store,
+            on_progress=progress,
+            on_resume=log.resume,
         )
         log.close()
         on_stage("Calibrating on good images that were not trained on.")
@@ -202,7 +206,9 @@ def fit(
                 "trained": datetime.now(UTC).isoformat(timespec="seconds"),
                 "data": {
                     "fingerprint": plan.data,
-                    "train": plan.train, "select": plan.select, "calibration": plan.calibration,
+                    "train": plan.train,
+                    "select": plan.select,
+                    "calibration": plan.calibration,
                 },
                 "training": {"steps": plan.steps, "budget": plan.budget, **log.summary()},
             }
@@ -215,6 +221,7 @@ def model_card(detector: Detector) -> str:
     """The model folder's README, from what was measured."""
     settings, record = detector.settings, detector.record
     data, training = record["data"], record["training"]
+    parts = f"{len(data['train'])} trained on, {len(data['select'])} for units, {len(data['calibration'])} to calibrate"
     heads = ""
     if settings.network.attention_heads:
         heads = (
@@ -234,7 +241,7 @@ the difference.
 
 | | |
 |---|---|
-| good images | {len(data["train"])} trained on, {len(data["select"])} for units, {len(data["calibration"])} for calibration |
+| good images | {parts} |
 | data fingerprint | `{data["fingerprint"]}` |
 | training | {training["steps"]} steps, {training["seconds"]:.0f} s, held-out loss {training["held_out_loss"]} |
 | false alarms | {detector.calibration.promise()} |
@@ -279,7 +286,7 @@ def _measure(
     patience = 5.0 if time_budget is None else min(10.0, time_budget / 20)
     begin = time.monotonic()
     scratch.step(images, 0, 1000)  # warm-up: first calls allocate and choose kernels
-    durations = []
+    durations: list[float] = []
     while not durations or (time.monotonic() - begin < patience and len(durations) < 20):
         before = time.monotonic()
         float(scratch.step(images, len(durations) + 1, 1000))
@@ -368,9 +375,7 @@ def _load_plan(run: Path) -> Plan | None:
     return Plan(**{**values, "shape": tuple(values["shape"])})
 
 
-def _check_same(
-    plan: Plan, settings: Settings, data: str, asked: dict[str, float | None], run: Path
-) -> None:
+def _check_same(plan: Plan, settings: Settings, data: str, asked: dict[str, float | None], run: Path) -> None:
     differences = _differences(plan.settings, settings.model_dump(mode="json"))
     differences += _differences(plan.budget, asked)
     if plan.data != data:
@@ -426,4 +431,3 @@ def _locked(run: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-

@@ -6,11 +6,9 @@ pixels are shown on black. Whatever a damaged or hostile file makes the decoder 
 
 import io
 import os
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,6 +26,7 @@ from PIL import (
 from pydantic import BaseModel, Field
 
 from ddad.errors import ConfigError, DataError
+from ddad.files import write_bytes
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
 
@@ -228,19 +227,8 @@ def encode_jpeg(array: np.ndarray, quality: int = 85) -> bytes:
 
 
 def write_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
-    """Write a PNG file under a temporary name and rename it, so that nobody ever reads half a picture."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(encode_png(array))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: expected a place to write a picture, but {error.strerror or error}; "
-            "create the folder, free space, or choose another one."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a PNG file atomically; arrays as `encode_png`, errors as `write_bytes`."""
+    write_bytes(path, encode_png(array), flush=False)
 
 
 def _excess(anomaly_map: np.ndarray, limit: float) -> np.ndarray:

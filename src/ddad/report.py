@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ddad import images
-from ddad.evaluation import Evaluation, Example, Row, write_text_atomically
+from ddad.data.folder import scan
+from ddad.data.samples import Sample
+from ddad.detector import Detector, Prediction
+from ddad.errors import DataError
+from ddad.evaluation import Evaluation, Example, MeanImageBaseline, Row, evaluate
+from ddad.files import write_text
+from ddad.images import read_image
 
 METRIC_NAMES = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one; 0.5 is guessing"),
@@ -66,7 +72,46 @@ def write_report(evaluation: Evaluation, path: str | Path, *, title: str, limit:
         worst_defective=sorted(defective, key=lambda card: card["row"].anomaly_score)[:WORST],
         limit=limit,
     )
-    write_text_atomically(Path(path), page)
+    write_text(path, page)
+
+
+def evaluate_folder(
+    detector: Detector, data: str | Path, out: str | Path, *, batch_size: int = 4, workers: int = 1
+) -> Evaluation:
+    """Inspect the test images of a folder in MVTec layout; write `metrics.json` and `report.html` to `out`.
+
+    Raises:
+        DataError: there are no test images, or one of them or of the masks cannot be read.
+    """
+    dataset = scan(data)
+    if not dataset.test:
+        raise DataError(
+            f"Expected labelled test images in {Path(data) / 'test'}, found none; "
+            "evaluation needs test/good and test/<defect> folders."
+        )
+    good = (read_image(sample.path, detector.shape, detector.image_rule) for sample in dataset.train)
+    baseline = MeanImageBaseline().fit(good)
+    evaluation = evaluate(
+        _inspect(detector, dataset.test, batch_size, workers),
+        false_alarms=detector.calibration.promised_rate if detector.calibration else None,
+        baseline=baseline,
+        settings=detector.settings.model_dump(mode="json"),
+    )
+    out = Path(out)
+    evaluation.save(out / "metrics.json")
+    limit = detector.calibration.map_limit if detector.calibration else None
+    write_report(evaluation, out / "report.html", title=f"{dataset.category}: inspection report", limit=limit)
+    return evaluation
+
+
+def _inspect(
+    detector: Detector, samples: Sequence[Sample], batch_size: int, workers: int
+) -> Iterator[tuple[Sample, Prediction]]:
+    results = detector.stream((sample.path for sample in samples), batch_size, workers)
+    for sample, (_, result) in zip(samples, results, strict=True):
+        if isinstance(result, DataError):
+            raise result
+        yield sample, result
 
 
 def _headline(evaluation: Evaluation) -> list[str]:

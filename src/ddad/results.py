@@ -21,7 +21,7 @@ MAX_PICTURE_SIDE = 1024
 def write_results(
     detector: Detector, images: Iterable[Path], out: Path, *, batch_size: int = 4, workers: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Inspect photographs and write, under `out`, `results.jsonl` and a heatmap, an overlay and the reconstruction each.
+    """Inspect photographs; write `results.jsonl` under `out`, and a heatmap, an overlay and the reconstruction each.
 
     A generator of the rows as they are written. A file that cannot be read becomes a row with its reason in `error`;
     `files` are relative to `out`. All pictures have the photograph's shape, and all heatmaps one scale of colours,
@@ -37,7 +37,9 @@ def write_results(
             (out / f"{kind}s").mkdir(exist_ok=True)
         results = (out / "results.jsonl").open("w", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"Expected a folder to write to, found {out} ({error.strerror}); choose another --out.") from None
+        raise DataError(
+            f"Expected a folder to write to, found {out} ({error.strerror}); choose another --out."
+        ) from None
     with results:
         for path, result in detector.stream(images, batch_size, workers):
             assert isinstance(path, Path)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -103,7 +102,7 @@ def denoising_loss(
 
 @torch.no_grad()
 def held_out_loss(
-    unet: UNet2DModel, images: Images, alphas_cumprod: Tensor, prediction_type: str, timesteps: Sequence[int]
+    unet: Any, images: Images, alphas_cumprod: Tensor, prediction_type: str, timesteps: Sequence[int]
 ) -> float:
     """Mean squared error of x̂₀ on images not trained on, with fixed noise, averaged over `timesteps`.
 
@@ -126,17 +125,19 @@ def augment(batch: Tensor, kinds: Sequence[str], generator: torch.Generator) -> 
     """Random flips and quarter turns of (B, 3, H, W), image by image; quarter turns only where H = W."""
     if not kinds:
         return batch
-    result = []
-    for image in batch:
+    height, width = batch.shape[-2:]
+
+    def one(image: Tensor) -> Tensor:
         flip_x, flip_y, turns = torch.randint(0, 4, (3,), generator=generator).tolist()
         if "hflip" in kinds and flip_x % 2:
             image = image.flip(-1)
         if "vflip" in kinds and flip_y % 2:
             image = image.flip(-2)
         if "rot90" in kinds:
-            image = image.rot90(turns if image.shape[-1] == image.shape[-2] else 2 * (turns % 2), (-2, -1))
-        result.append(image)
-    return torch.stack(result)
+            image = image.rot90(turns if height == width else 2 * (turns % 2), (-2, -1))
+        return image
+
+    return torch.stack([one(image) for image in batch])
 
 
 class Trainer:
@@ -144,7 +145,7 @@ class Trainer:
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: Any,
         settings: TrainingSettings,
         *,
         prediction_type: str,
@@ -175,9 +176,7 @@ class Trainer:
         self.unet, self.optimizer = self.accelerator.prepare(unet, optimizer)
         self.device = self.accelerator.device
         self.alphas_cumprod = create_scheduler(prediction_type).alphas_cumprod.to(self.device)
-        self.ema = (
-            EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
-        )
+        self.ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
 
     def step(self, images: Images, step: int, steps: int) -> Tensor:
         """One optimisation step; returns the loss, a scalar tensor."""
@@ -243,8 +242,12 @@ class Trainer:
                     held_out_value = self.held_out_loss(held_out)
                 on_progress(
                     Progress(
-                        finished, steps, loss, learning_rate(index, steps, self.settings),
-                        seconds + now - started, held_out_value,
+                        finished,
+                        steps,
+                        loss,
+                        learning_rate(index, steps, self.settings),
+                        seconds + now - started,
+                        held_out_value,
                     )
                 )
                 if store and (asked() or finished == steps or now - last_save > save_every_seconds):
@@ -260,7 +263,7 @@ class Trainer:
             return held_out_loss(self.unet, images, self.alphas_cumprod, self.prediction_type, timesteps)
 
     @contextmanager
-    def averaged(self) -> Iterator[UNet2DModel]:
+    def averaged(self) -> Iterator[Any]:
         """The network with its averaged weights, in evaluation mode, for the length of the block."""
         parameters = list(self.plain_unet.parameters())
         if self.ema:
@@ -317,7 +320,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         signal.signal(number, before[number])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
             before[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: nobody can send it signals
         before.clear()

@@ -82,7 +82,7 @@ def set_attention_heads(unet: UNet2DModel, heads: int) -> None:
             module.heads = heads
 
 
-def predict(unet: nn.Module, sample: Tensor, timesteps: Tensor) -> Tensor:
+def predict(unet: Any, sample: Tensor, timesteps: Tensor) -> Tensor:
     """The network's raw output for x_t = `sample` (B, 3, H, W) and `timesteps` (B,) or (), same shape as `sample`.
 
     Networks with 3·f² input channels see f x f pixels as channels (pixel-unshuffle).

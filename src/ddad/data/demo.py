@@ -10,8 +10,6 @@ Lengths are in units of the image side; the image spans -0.5 to 0.5, columns (x)
 
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from scipy import ndimage
 
 from ddad.data.synthetic import Bool, Float, UInt8, changed_pixels
 from ddad.errors import ConfigError, DataError
+from ddad.files import atomic_folder, write_json
 
 DEMO_DEFECTS: tuple[str, ...] = ("chip", "fibre", "plugged_hole", "scratch", "stain")
 SUPERSAMPLING = 2  # samples per pixel and axis
@@ -256,24 +255,20 @@ def write_demo_dataset(
             return root
         raise DataError(f"{root} already holds other files; give an empty or new folder for the demo data set.")
 
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     folders: list[tuple[str, str | None, int]] = [("train/good", None, train), ("test/good", None, good)]
     for index, kind in enumerate(DEMO_DEFECTS):
         share = defective // len(DEMO_DEFECTS) + (index < defective % len(DEMO_DEFECTS))
         folders.append((f"test/{kind}", kind, share))
-    for number, (folder, defect, count) in enumerate(folders):
-        (partial / folder).mkdir(parents=True)
-        if defect is not None:
-            (partial / "ground_truth" / defect).mkdir(parents=True)
-        for index in range(count):
-            image, mask = render_part(np.random.default_rng([seed, number, index]), defect, size=size)
-            Image.fromarray(image).save(partial / folder / f"{index:03d}.png")
+    with atomic_folder(root) as partial:
+        for number, (folder, defect, count) in enumerate(folders):
+            (partial / folder).mkdir(parents=True)
             if defect is not None:
-                mask_path = partial / "ground_truth" / defect / f"{index:03d}_mask.png"
-                Image.fromarray(mask.astype(np.uint8) * 255).save(mask_path)
-    (partial / marker.name).write_text(json.dumps(settings) + "\n")
-    if root.exists():
-        root.rmdir()
-    os.replace(partial, root)
+                (partial / "ground_truth" / defect).mkdir(parents=True)
+            for index in range(count):
+                image, mask = render_part(np.random.default_rng([seed, number, index]), defect, size=size)
+                Image.fromarray(image).save(partial / folder / f"{index:03d}.png")
+                if defect is not None:
+                    mask_path = partial / "ground_truth" / defect / f"{index:03d}_mask.png"
+                    Image.fromarray(mask.astype(np.uint8) * 255).save(mask_path)
+        write_json(partial / marker.name, settings)
     return root

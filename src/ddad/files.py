@@ -1,0 +1,97 @@
+"""Write, then rename: whatever this package saves is whole, or is as it was before.
+
+Files and folders are written under a temporary name beside their place and renamed when complete, so that a process
+killed at any moment leaves no half of anything under a real name.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ddad.errors import DataError
+
+TEMPORARY_PREFIX = ".unfinished-"
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, flush: bool = True) -> None:
+    """Write a file atomically, making missing folders; `flush` waits until it is on the disk.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                if flush:
+                    file.flush()
+                    os.fsync(file.fileno())
+            Path(name).chmod(0o644)  # mkstemp makes it private
+            Path(name).replace(path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"Expected a place to write {path}, found that it cannot be written ({error.strerror or error}); "
+            "free space or choose another folder."
+        ) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """`write_bytes` of indented JSON; NaN and infinity are refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name once the block has ended without an error.
+
+    A folder that was there before is replaced.
+
+    Raises:
+        DataError: no folder can be made there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise DataError(
+            f"Expected a place for the folder {path}, found that none can be made there ({error.strerror or error}); "
+            "choose another one."
+        ) from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        for entry in [*temporary.rglob("*"), temporary]:
+            _flush(entry)
+        if path.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+            path.rename(replaced / path.name)
+            temporary.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

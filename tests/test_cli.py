@@ -1,0 +1,234 @@
+"""What a user types, and what comes back. pytest tests/test_cli.py"""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from analytic import GaussianUNet
+from ddad.cli import app
+from ddad.config import make_settings
+from ddad.detector import Detector
+from ddad.features import create_features
+from ddad.unet import create_scheduler
+
+SHAPE = (64, 64)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ddad(*arguments, **options):
+    """The command as installed, in a process of its own."""
+    command = [sys.executable, "-m", "ddad.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def pixels(seed, size=SHAPE):
+    return np.clip(128 + 12 * np.random.default_rng(seed).standard_normal((*size, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small folder in MVTec layout, real files."""
+    root = tmp_path_factory.mktemp("data") / "plate"
+    for part in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
+        (root / part).mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(pixels(i)).save(root / "train/good" / f"{i:03d}.png")
+    for i in range(6):
+        Image.fromarray(pixels(100 + i)).save(root / "test/good" / f"{i:03d}.png")
+        image, mask = pixels(200 + i), np.zeros(SHAPE, np.uint8)
+        rows, columns = slice(10 + 5 * i, 20 + 5 * i), slice(30, 42)
+        image[rows, columns], mask[rows, columns] = 250, 255
+        Image.fromarray(image).save(root / "test/hole" / f"{i:03d}.png")
+        Image.fromarray(mask).save(root / "ground_truth/hole" / f"{i:03d}_mask.png")
+    return root
+
+
+@pytest.fixture
+def ideal(monkeypatch):
+    """Loading any model gives the closed-form denoiser of these very images, calibrated."""
+    settings = make_settings("xs", false_alarms=0.05, network={"prediction_type": "epsilon"})
+    features = create_features("efficientnet-lite2", (2, 3))
+    detector = Detector(GaussianUNet(0.0, 0.1), create_scheduler("epsilon"), features, settings, SHAPE, device="cpu")
+    detector.calibrate([pixels(300 + i) for i in range(8)], [pixels(400 + i) for i in range(19)])
+    monkeypatch.setattr(Detector, "from_pretrained", lambda folder, device=None: detector)
+    return detector
+
+
+def test_predict_writes_rows_and_pictures(ideal, data, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((data / "test/good/000.png").read_bytes()[:200])
+    wide = tmp_path / "000.png"  # the same stem as another image
+    Image.fromarray(pixels(7, (64, 160))).save(wide)
+    out = tmp_path / "out"
+    result = run("predict", "MODEL", data / "test", broken, wide, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "14 images: " in result.output
+    assert "1 unreadable" in result.output
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 14
+    assert set(rows[0]) == {
+        "path", "anomaly_score", "p_value", "is_anomalous", "threshold", "regions", "files", "error",
+    }  # fmt: skip
+    for row in rows:
+        if row["path"] == str(broken):
+            assert "cannot be decoded" in row["error"]
+            assert (row["anomaly_score"], row["is_anomalous"], row["regions"], row["files"]) == (None, None, [], {})
+            continue
+        assert row["error"] is None
+        assert row["is_anomalous"] == (row["anomaly_score"] > row["threshold"])
+        for kind in ("heatmap", "overlay", "reconstruction"):
+            assert Image.open(out / row["files"][kind]).size == Image.open(row["path"]).size
+    holes = [row for row in rows if "/hole/" in row["path"]]
+    assert len(holes) == 6
+    for i, row in enumerate(holes):
+        assert row["is_anomalous"]
+        left, top, right, bottom = row["regions"][0]["box"]
+        assert left < 36 < right
+        assert top < 15 + 5 * i < bottom
+    assert len({row["files"]["heatmap"] for row in rows if row["files"]}) == 13
+
+
+def test_a_good_part_does_not_glow(ideal, data, tmp_path):
+    run("predict", "MODEL", data / "test", "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    brightest = {row["path"]: np.asarray(Image.open(tmp_path / row["files"]["heatmap"])).max() for row in rows}
+    for row in rows:
+        assert (brightest[row["path"]] > 90) == row["is_anomalous"], row
+
+
+def test_predict_as_json_is_one_row_a_line(ideal, data, tmp_path):
+    result = run("predict", "MODEL", data / "test/hole/000.png", "--out", tmp_path, "--json")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "results.jsonl").read_text())
+
+
+def test_evaluate_writes_metrics_and_a_report(ideal, data, tmp_path):
+    result = run("evaluate", "MODEL", data, "--out", tmp_path / "eval")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    for name in ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_0.05",
+                 "false_alarm_rate", "miss_rate", "mean_image_auroc", "seconds_per_image"):  # fmt: skip
+        assert isinstance(metrics[name], float), name
+    assert metrics["image_auroc"] == 1.0
+    assert metrics["miss_rate"] == 0.0
+    assert metrics["aupro"] > 0.8
+    assert metrics["counts"] == {"good": 6, "defective": 6}
+    assert metrics["per_kind"]["hole"]["count"] == 6
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "http://" not in re.sub(r"http://www.w3.org\S*", "", page)
+    assert "https://" not in page
+
+
+def test_evaluate_without_test_images(ideal, data):
+    result = ddad("evaluate", "nowhere", data / "train" / "good", "--out", "x")
+    assert result.returncode == 1
+    with pytest.raises(Exception, match="Expected labelled test images in"):
+        CliRunner().invoke(app, ["evaluate", "M", str(data / "train/good"), "--out", "x"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("predict", "nowhere", "cli.py", "--out", "x"),
+            "Error: Expected an image or a folder at cli.py, found nothing",
+        ),
+        (("evaluate", "nowhere", ".", "--out", "x"), "Error: Expected a model folder with a detector.json, found none"),
+        (("info", "nowhere"), "Error: Expected a model folder with a detector.json, found none at nowhere; name the"),
+        (("train", "nowhere", "--out", "x"), "nowhere"),
+        (
+            ("train", ".", "--out", "x", "--preset", "huge"),
+            "Error: Expected a preset among xs, s, base, paper, paper-s",
+        ),
+        (
+            ("train", ".", "--out", "x", "--image-size", "100"),
+            "Error: Setting image_size: Input should be a multiple of",
+        ),
+        (("train", ".", "--out", "x", "--denoising-steps", "7"), "Error: Expected a number of denoising steps that"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_1(arguments, sentence, tmp_path):
+    result = ddad(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", ".", "--out", "x", "--time-budget", "soon"), "expected a duration such as 90s, 30m or 1h30m"),
+        (("train", ".", "--out", "x", "--false-alarms", "100%"), "expected a rate such as 1% or 0.01"),
+        (("train", "."), "Missing option '--out'"),
+        (("polish",), "No such command 'polish'"),
+    ],
+)
+def test_a_wrong_option_exits_with_2(arguments, words):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+
+
+def test_check_lists_findings_and_decides(data, tmp_path):
+    result = run("check", data, "--image-size", "64")
+    assert result.exit_code == 0
+    assert "Training can start." in result.output
+    assert "20 good images to train on" in result.output
+    report = json.loads(run("check", data, "--image-size", "64", "--json").output)
+    assert report["can_train"] is True
+    few = tmp_path / "few"
+    few.mkdir()
+    Image.fromarray(pixels(0)).save(few / "one.png")
+    result = run("check", few)
+    assert result.exit_code == 1
+    assert "Training cannot start." in result.output
+
+
+def test_train_predict_evaluate_info_as_a_user(data, tmp_path):
+    """The whole way in real processes with a real network, far too short to be good."""
+    model = tmp_path / "model"
+    options = ("--image-size", "64", "--steps", "3", "--false-alarms", "20%")
+    result = ddad("train", data, "--out", model, *options)
+    assert result.returncode == 0, result.stderr
+    assert "20 good images at 64 x 64 pixels" in result.stdout
+    assert "3.8 M parameters" in result.stdout
+    assert "step 3 of 3" in result.stdout
+    assert f"Model written to {model}" in result.stdout.replace("\n", " ")
+    again = ddad("train", data, "--out", model, *options)
+    assert "nothing to do" in again.stdout
+    other = ddad("train", data, "--out", model, *options, "--seed", "1")
+    assert other.returncode == 1
+    assert "trained with other seed (0 before, 1 now)" in other.stderr
+
+    info = json.loads(ddad("info", model, "--json").stdout)
+    assert info["training"]["steps"] == 3
+    assert "good calibration images" in ddad("info", model).stdout
+    predicted = ddad("predict", model, data / "test" / "good", "--out", tmp_path / "out")
+    assert predicted.returncode == 0, predicted.stderr
+    assert "6 images" in predicted.stdout
+    evaluated = ddad("evaluate", model, data, "--out", tmp_path / "eval", "--json")
+    assert 0 <= json.loads(evaluated.stdout)["image_auroc"] <= 1
+
+
+def test_our_bugs_keep_their_traceback(monkeypatch):
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("ddad.data.check.check", broken)
+    result = run("check", ".")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_version():
+    assert re.fullmatch(r"ddad \d+\.\d+\.\d+\n", ddad("--version").stdout)
