@@ -13,7 +13,7 @@ from ddad.anomaly_map import (
     pixel_distance,
     regions,
     smooth,
-    subtract_background,
+    standardise,
 )
 
 
@@ -54,12 +54,9 @@ def test_smoothing_a_map_smaller_than_the_kernel():
     torch.testing.assert_close(smooth(torch.full((1, 4, 4), 2.0), 10.0), torch.full((1, 4, 4), 2.0))
 
 
-def test_background_leaves_what_stands_out():
-    grain = torch.full((1, 5, 5), 0.4)
-    grain[0, 2, 2] = 1.0
-    cleared = subtract_background(grain)
-    assert cleared[0, 2, 2] == pytest.approx(0.6)
-    assert cleared.sum() == pytest.approx(0.6)
+def test_standardised_is_spreads_above_good_parts_at_each_place():
+    mean, spread = torch.rand(4, 5), torch.rand(4, 5) + 0.5
+    torch.testing.assert_close(standardise(mean + 3 * spread, mean, spread)[None], torch.full((1, 4, 5), 3.0))
 
 
 def test_score_is_the_maximum():

@@ -4,30 +4,42 @@ import numpy as np
 import pytest
 import torch
 
-from ddad.calibration import Calibration, Ranking, calibrate, fused_map, map_scales
+from ddad.anomaly_map import standardise
+from ddad.calibration import Calibration, Ranking, calibrate, map_scales, position_statistics
 from ddad.errors import DataError
 
 
 def test_scale_is_the_median_peak_of_good_images():
-    peaks = [1.0, 5.0, 3.0]
-    distances = []
-    for peak in peaks:
-        one = torch.zeros(1, 4, 4)
-        one[0, 1, 1] = peak
-        distances.append([one, 10 * one])
-    assert map_scales(distances, sigma=0.0) == (3.0, 30.0)
+    distances = torch.zeros(3, 2, 4, 4)
+    distances[:, 0, 1, 1] = torch.tensor([1.0, 5.0, 3.0])
+    distances[:, 1, 2, 2] = torch.tensor([10.0, 50.0, 30.0])
+    assert map_scales(distances) == (3.0, 30.0)
 
 
 def test_a_distance_that_is_zero_everywhere_does_no_harm():
-    scales = map_scales([[torch.zeros(1, 4, 4)]], sigma=1.0)
-    assert torch.isfinite(fused_map([torch.zeros(1, 4, 4)], scales, (1.0,), 1.0)).all()
+    nothing = torch.zeros(3, 1, 8, 8)
+    assert map_scales(nothing)[0] > 0
+    mean, spread = position_statistics(nothing)
+    assert torch.isfinite(standardise(nothing, mean, spread)).all()
 
 
-def test_a_typical_good_peak_is_one_whatever_the_weights():
-    one = torch.zeros(1, 4, 4)
-    one[0, 1, 1] = 3.0
-    for weights in ((1.0, 1.0), (7.0, 0.5)):
-        assert float(fused_map([one, 10 * one], (3.0, 30.0), weights, 0.0).max()) == pytest.approx(1.0)
+def test_position_statistics_find_where_good_parts_differ():
+    """With many images the maps are the true mean and, half drawn to the global one, the true spread."""
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.randn(2000, 1, 42, 84, generator=generator) + 5
+    distances[..., 42:] = 3 * distances[..., 42:]  # mean 15, spread 3 on the right
+    mean, spread = position_statistics(distances)
+    for columns, level, deviation in ((slice(8, 34), 5, 1), (slice(50, 76), 15, 3)):
+        torch.testing.assert_close(mean[..., columns].mean(), torch.tensor(float(level)), rtol=0.02, atol=0)
+        torch.testing.assert_close(spread[..., columns].mean(), torch.tensor((deviation + 2) / 2), rtol=0.03, atol=0)
+
+
+def test_few_images_are_drawn_towards_the_global_value():
+    distances = torch.zeros(1, 1, 32, 32)
+    distances[..., 16:] = 4.0
+    mean, spread = position_statistics(distances)
+    assert 2 < mean[0, 16, 28] < 3  # 2 is the global mean, 4 what this one image shows
+    assert spread.min() > 0.9  # of one image: the spread over places
 
 
 def calibrated(count, false_alarms):

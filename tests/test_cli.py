@@ -140,18 +140,18 @@ def test_evaluate_without_test_images(ideal, data):
     [
         (
             ("predict", "nowhere", "cli.py", "--out", "x"),
-            "Error: Expected an image or a folder at cli.py, found nothing",
+            "Expected an image or a folder at cli.py, found nothing",
         ),
         (("evaluate", "nowhere", ".", "--out", "x"), "Error: Expected a model folder with a detector.json, found none"),
         (("info", "nowhere"), "Error: Expected a model folder with a detector.json, found none at nowhere; name the"),
         (("train", "nowhere", "--out", "x"), "nowhere"),
         (
             ("train", ".", "--out", "x", "--preset", "huge"),
-            "Error: Expected a preset among xs, s, base, paper, paper-s",
+            "Expected a preset among xs, s, base, paper, paper-s",
         ),
         (
             ("train", ".", "--out", "x", "--image-size", "100"),
-            "Error: Setting image_size: Input should be a multiple of",
+            "Setting image_size: Input should be a multiple of",
         ),
         (("train", ".", "--out", "x", "--denoising-steps", "7"), "Error: Expected a number of denoising steps that"),
     ],

@@ -23,19 +23,20 @@ def test_the_published_preset_is_as_published():
     assert (paper.network.attention_heads, make_settings("paper-s").network.attention_heads) == (4, 2)
     assert paper.scoring.features == "wide_resnet101_2.tv_in1k"
     assert paper.square
+    assert (paper.scoring.position, paper.scoring.layer_weights) == ("none", (1.0, 1.0))
 
 
 def test_timesteps_of_training_are_those_of_inference_with_a_margin():
-    assert make_settings("xs", sampling={"start_timestep": 250}).max_timestep == 301
-    assert make_settings("xs", sampling={"start_timestep": 975}).max_timestep == 1000
+    assert make_settings("xs", sampling={"start_timestep": 250, "stride": 25}).max_timestep == 301
+    assert make_settings("xs", sampling={"start_timestep": 975, "stride": 25}).max_timestep == 1000
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"image_size": 250}, "Setting image_size: Input should be a multiple of 32, found 250."),
-        ({"sampling": {"stride": 40}}, "Setting sampling: start_timestep must be a multiple of stride, got 250 and 40; "
-                                       "use start_timestep 240."),
+        ({"sampling": {"stride": 30}}, "Setting sampling: start_timestep must be a multiple of stride, got 200 and 30; "
+                                       "use start_timestep 180."),
         ({"sampling": {"speed": 1}}, "Setting sampling.speed: Extra inputs are not permitted, found 1."),
         ({"false_alarms": 2.0}, "Setting false_alarms: Input should be less than 1, found 2.0."),
         ({"scoring": {"layer_weights": (1.0,)}}, "Setting scoring: layer_weights needs one weight a feature layer, "

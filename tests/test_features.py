@@ -96,7 +96,7 @@ def test_a_local_folder_in_timms_convention(tmp_path):
     extractor = create_features(f"local-dir:{tmp_path}", (1, 2))
     assert extractor.mean == (0.1, 0.2, 0.3)
     assert torch.equal(extractor.backbone.conv1.weight, backbone.conv1.weight)
-    with pytest.raises(ModelError, match="Expected a timm backbone .* in .*nowhere, found something else"):
+    with pytest.raises(ModelError, match=r"Expected a timm backbone .* in .*nowhere, found something else"):
         create_features(f"local-dir:{tmp_path / 'nowhere'}", (1,))
 
 

@@ -142,7 +142,7 @@ def test_another_command_on_a_finished_model_is_refused(photos, tmp_path):
         fit(more, out, tiny(), steps=2)
     other = tmp_path / "other"
     other.mkdir()
-    with pytest.raises(ConfigError, match="Expected a new folder for the model, found .*, which is something else"):
+    with pytest.raises(ConfigError, match=r"Expected a new folder for the model, found .*, which is something else"):
         fit(photos, other, tiny(), steps=2)
 
 

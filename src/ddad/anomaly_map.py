@@ -42,10 +42,9 @@ def feature_distance(target: Tensor, reconstruction: Tensor, size: tuple[int, in
     return functional.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def subtract_background(distance: Tensor) -> Tensor:
-    """Each map (B, H, W) above its own median, never below 0: takes out grain that lies all over the part."""
-    median = distance.flatten(1).median(dim=1).values
-    return (distance - median[:, None, None]).clamp(min=0)
+def standardise(distance: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """Distances (B, H, W) in spreads above what good parts show at each place; `mean` and `spread` are (H, W)."""
+    return (distance - mean) / spread
 
 
 def fuse(distances: Sequence[Tensor], scales: Sequence[float], weights: Sequence[float]) -> Tensor:

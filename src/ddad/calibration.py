@@ -5,18 +5,22 @@ Two disjoint sets of good images, neither trained on: *select* gives the units o
 uniform whatever the network does.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ddad import conformal
-from ddad.anomaly_map import fuse, image_score, smooth
+from ddad.anomaly_map import smooth
 from ddad.errors import DataError
+
+PRIOR_IMAGES = 10
+"""How many good images the global value counts for against the value at a place."""
 
 
 class Calibration(BaseModel):
@@ -58,25 +62,45 @@ class Calibration(BaseModel):
         return text
 
 
-def map_scales(distances: Sequence[Sequence[Tensor]], sigma: float) -> tuple[float, ...]:
-    """The unit of each kind of distance: the median, over good images, of the peak of its smoothed map.
+class PositionStatistics(NamedTuple):
+    """What good parts show at each place: one (H, W) map per kind of distance."""
+
+    mean: Tensor  # (K, H, W)
+    spread: Tensor  # (K, H, W)
+
+
+def position_statistics(distances: Tensor) -> PositionStatistics:
+    """Mean and spread of each kind of distance at each place, over good images.
+
+    A place is seen only once an image, so both maps are smoothed (σ = 1/42 of the side) and drawn towards their global
+    value: the mean as by `PRIOR_IMAGES` further images, the spread half way.
 
     Args:
-        distances: one list per image of maps (1, H, W), one per kind of distance.
-        sigma: smoothing in pixels, as it will be applied to the fused map.
+        distances: smoothed distances of N good images, (N, K, H, W).
     """
-    peaks = torch.stack([torch.stack([image_score(smooth(one, sigma))[0] for one in kinds]) for kinds in distances])
+    count, _, height, width = distances.shape
+    sigma = math.sqrt(height * width) / 42
+    mean = smooth(distances.mean(dim=0), sigma)
+    spread = smooth(distances.std(dim=0, correction=0), sigma)
+    trust = count / (count + PRIOR_IMAGES)
+    overall_mean = mean.mean(dim=(1, 2), keepdim=True)
+    # Of one image the spread at a place is zero; the spread over places then stands for it.
+    overall_spread = distances.std(dim=(0, 2, 3), correction=0).view(-1, 1, 1).clamp(min=1e-6)
+    spread = trust * spread + (1 - trust) * overall_spread
+    return PositionStatistics(
+        trust * mean + (1 - trust) * overall_mean, (spread + spread.mean(dim=(1, 2), keepdim=True)) / 2
+    )
+
+
+def map_scales(distances: Tensor) -> tuple[float, ...]:
+    """The unit of each kind of distance: the median, over good images, of the peak of its map.
+
+    Args:
+        distances: smoothed, and standardised where that is wanted, of N good images, (N, K, H, W).
+    """
+    peaks = distances.flatten(2).amax(dim=2).median(dim=0).values
     # A kind that is zero everywhere (no difference at all) must not divide by zero.
-    return tuple(float(value) for value in peaks.median(dim=0).values.clamp(min=1e-6))
-
-
-def fused_map(distances: Sequence[Tensor], scales: Sequence[float], weights: Sequence[float], sigma: float) -> Tensor:
-    """D: distances in units of good parts, weighted, summed and smoothed, (B, H, W).
-
-    Weights are divided by their sum, so that 1 means what a good part's peak typically is.
-    """
-    total = sum(weights)
-    return smooth(fuse(distances, scales, [weight / total for weight in weights]), sigma)
+    return tuple(float(value) for value in peaks.clamp(min=1e-6))
 
 
 def calibrate(

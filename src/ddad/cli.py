@@ -50,7 +50,8 @@ def _duration(text: str) -> float:
     return total
 
 
-def _rate(text: str) -> float:
+def _rate(given: str | float) -> float:
+    text = str(given)  # a default comes as a number
     try:
         value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -62,7 +63,10 @@ def _rate(text: str) -> float:
 
 Preset = Annotated[str, typer.Option(help="xs, s, base: ours; paper, paper-s: as published.")]
 FalseAlarms = Annotated[
-    float, typer.Option(parser=_rate, metavar="RATE", help="Share of good parts that may be flagged, such as 1%.")
+    float,
+    typer.Option(
+        parser=_rate, metavar="RATE", show_default="1%", help="Share of good parts that may be flagged, such as 1%."
+    ),
 ]
 ImageSize = Annotated[int, typer.Option(help="The model's height and width are about this; a multiple of 32.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one by default.")]

