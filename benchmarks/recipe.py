@@ -20,7 +20,7 @@ from ddad.data.samples import model_shape, split_good
 from ddad.fit import ImageCache
 from ddad.images import fit_image_rule, probe
 from ddad.training import Trainer, held_out_loss
-from ddad.unet import ARCHITECTURES, parameter_count
+from ddad.unet import ARCHITECTURES, choose_device, parameter_count
 
 STEM_4 = {
     "in_channels": 48,
@@ -60,6 +60,7 @@ def main() -> None:
     rule = fit_image_rule(paths)
     train = ImageCache(split.train, shape, rule, 4e9, 2)
     held_out = list(ImageCache(split.select[:24], shape, rule, 4e9, 2))
+    device = choose_device(None)
     print(f"{len(train)} images of {shape[0]} x {shape[1]}, {torch.get_num_threads()} threads, {datetime.now(UTC):%F}")
     print("| variant | M parameters | images/s | loss x 1000 after 1/3, 2/3, all | at t = 30, 90, 150, 210, 270 |")
     print("|---|---|---|---|---|")
@@ -68,7 +69,9 @@ def main() -> None:
         settings = TrainingSettings(**{"ema_decay": 0.99, **changes})
         torch.manual_seed(0)
         unet = UNet2DModel(**{**ARCHITECTURES["xs"], **network})
-        trainer = Trainer(unet, settings, prediction_type=prediction_type, max_timestep=MAX_TIMESTEP, seed=0)
+        trainer = Trainer(
+            unet, settings, prediction_type=prediction_type, max_timestep=MAX_TIMESTEP, seed=0, device=device
+        )
         steps = options.steps * 16 // settings.batch_size
         losses: list[float] = []
         started = time.perf_counter()

@@ -73,3 +73,10 @@ def test_regions_are_connected_over_corners_and_in_photograph_pixels():
         Region(box=(20, 14, 28, 18), area=32, peak=3.0),
     )
     assert regions(anomaly_map, 9.0, photo_size=(20, 40)) == ()
+
+
+@pytest.mark.parametrize(("cells", "side"), [(224, 58), (96, 1000), (32, 31)])
+def test_a_region_never_reaches_past_the_photograph(cells, side):
+    (region,) = regions(np.ones((cells, cells), np.float32), 0.5, photo_size=(side, side))
+    assert region.box == (0, 0, side, side)
+    assert region.area == side * side

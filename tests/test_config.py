@@ -23,7 +23,7 @@ def test_the_published_preset_is_as_published():
     assert (paper.network.attention_heads, make_settings("paper-s").network.attention_heads) == (4, 2)
     assert paper.scoring.features == "wide_resnet101_2.tv_in1k"
     assert paper.square
-    assert (paper.scoring.position, paper.scoring.layer_weights) == ("none", (1.0, 1.0))
+    assert paper.scoring.position == "none"
 
 
 def test_timesteps_of_training_are_those_of_inference_with_a_margin():

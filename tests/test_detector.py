@@ -64,8 +64,8 @@ def test_the_ideal_denoiser_finds_the_defect_where_it_is(detector):
 
 def test_good_parts_are_flagged_about_as_often_as_promised(detector):
     flagged = [detector.predict(good_image(1000 + i)).is_anomalous for i in range(100)]
-    # 10 % promised from 19 images: the realised rate is Beta(2, 18) distributed; 99.9 % of it is below 0.4.
-    assert np.mean(flagged) < 0.4
+    # 10 % promised from 19 images: the realised rate is Beta(2, 18) distributed; 99.8 % of it is in this range.
+    assert 0 < np.mean(flagged) < 0.4
 
 
 @pytest.mark.parametrize("sampling", [{}, {"start_noise": "seeded", "eta": 1.0}])
@@ -220,7 +220,7 @@ def test_the_published_head_count_is_set_after_loading(features, tmp_path):
 def test_without_calibration_there_is_no_verdict(features):
     detector = analytic_detector(features)
     detector.calibration = detector.calibration.model_copy(
-        update={"scores": (), "threshold": None, "false_alarms": None, "map_limit": None}
+        update={"scores": (), "threshold": None, "false_alarms": None}
     )
     result = detector.predict(defective_image(0))
     assert (result.p_value, result.is_anomalous, result.threshold, result.regions) == (None, None, None, ())
@@ -229,14 +229,36 @@ def test_without_calibration_there_is_no_verdict(features):
         detector.predict(defective_image(0))
 
 
+def test_other_peoples_files_are_not_replaced(features, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    detector = Detector(create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE)
+    with pytest.raises(ConfigError, match="Expected a new or empty folder, or an older model, found other files in"):
+        detector.save_pretrained(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_device_that_is_not_there_is_refused(features):
+    def on(device):
+        Detector(
+            create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE, device=device
+        )
+
+    with pytest.raises(ConfigError, match="Expected a device such as cpu, cuda or cuda:1, found 'gpu'"):
+        on("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="Expected a device of this machine, found cuda:1"):
+            on("cuda:1")
+
+
 def test_what_is_not_a_model_is_said_in_a_sentence(tmp_path, features):
     with pytest.raises(
         ModelError, match=r"Expected a model folder with a detector.json, found none at .*nowhere; name"
     ):
         Detector.from_pretrained(tmp_path / "nowhere")
-    Detector(create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE).save_pretrained(
-        tmp_path / "model"
-    )
+    detector = Detector(create_unet("xs"), create_scheduler("v_prediction"), features, make_settings("xs"), SHAPE)
+    detector.calibrate([good_image(0), good_image(1)], [good_image(2)])
+    detector.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "detector.json"
     whole = path.read_text()
 
@@ -247,7 +269,13 @@ def test_what_is_not_a_model_is_said_in_a_sentence(tmp_path, features):
     with pytest.raises(ModelError, match=r"Expected a complete .*detector.json, found a damaged one"):
         Detector.from_pretrained(tmp_path / "model")
     path.write_text(whole)
+    statistics = tmp_path / "model" / "statistics.safetensors"
+    kept = statistics.read_bytes()
+    statistics.unlink()
+    with pytest.raises(ModelError, match="Expected the network, its scheduler and statistics in"):
+        Detector.from_pretrained(tmp_path / "model")
+    statistics.write_bytes(kept)
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="Expected the network and its scheduler in"):
+    with pytest.raises(ModelError, match="Expected the network, its scheduler and statistics in"):
         Detector.from_pretrained(tmp_path / "model")

@@ -1,6 +1,7 @@
 """pytest tests/test_features.py"""
 
 import json
+import socket
 import time
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_lite2_computes_what_the_whole_pretrained_network_computes():
         found = create_features("efficientnet-lite2", (1, 2, 3))(image)
     assert [tuple(one.shape[1:]) for one in found] == [(24, 16, 24), (48, 8, 12), (120, 4, 6)]
     for one, two in zip(found, expected[1:4], strict=True):
-        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
 def test_every_weight_landed_where_it_was_trained():
@@ -73,7 +74,7 @@ def test_normalisation_is_the_backbones_own(tmp_path):
         expected = backbone.eval().forward_intermediates(by_hand, indices=[2, 3], intermediates_only=True)
         found = extractor(image)
     for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
 def test_saved_and_loaded(tmp_path):
@@ -96,6 +97,10 @@ def test_a_local_folder_in_timms_convention(tmp_path):
     extractor = create_features(f"local-dir:{tmp_path}", (1, 2))
     assert extractor.mean == (0.1, 0.2, 0.3)
     assert torch.equal(extractor.backbone.conv1.weight, backbone.conv1.weight)
+    saved = tmp_path / "saved"
+    own = timm.create_model("resnet18", pretrained=False, num_classes=10)
+    timm.models.save_for_hf(own, saved, safe_serialization=True)
+    assert torch.equal(create_features(f"local-dir:{saved}", (1,)).backbone.conv1.weight, own.conv1.weight)
     with pytest.raises(ModelError, match=r"Expected a timm backbone .* in .*nowhere, found something else"):
         create_features(f"local-dir:{tmp_path / 'nowhere'}", (1,))
 
@@ -107,15 +112,30 @@ def test_unknown_names_are_refused_at_once():
         create_features("efficientnet-lite2", (7,))
 
 
+def test_a_backbone_of_a_fixed_size_is_refused_at_another(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False)
+    timm.models.save_for_hf(vit, tmp_path, safe_serialization=True)
+    with pytest.raises(ConfigError, match="Expected features that work on images of 256 x 256 pixels, found that"):
+        create_features(f"local-dir:{tmp_path}", (2, 3), (256, 256))
+
+
 def test_without_a_network_the_answer_comes_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def unreachable(*arguments, **options):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
     started = time.monotonic()
     with pytest.raises(ConfigError) as error:
         create_features("wide_resnet101_2.tv_in1k", (2,))
     assert time.monotonic() - started < 10
     message = str(error.value)
     assert message.startswith("Expected the pretrained weights of wide_resnet101_2.tv_in1k on this machine or within")
+    assert constants.HF_HUB_OFFLINE is False
     assert message.endswith("or --features local-dir:FOLDER.")
     assert "\n" not in message
 

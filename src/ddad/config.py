@@ -142,7 +142,6 @@ _PAPER: dict[str, Any] = {
     },
     "scoring": {
         "features": "wide_resnet101_2.tv_in1k",
-        "layer_weights": (1.0, 1.0),
         "position": "none",
     },
     "training": {

@@ -45,9 +45,10 @@ from ddad.features import FeatureExtractor
 from ddad.files import atomic_folder, write_json, write_text
 from ddad.images import ImageRule, read_photo
 from ddad.sampling import reconstruct
-from ddad.unet import clean_from, predict, set_attention_heads
+from ddad.unet import choose_device, clean_from, predict, set_attention_heads
 
 FORMAT_VERSION = 1
+RECORD = "detector.json"
 STATISTICS = "statistics.safetensors"
 PACKAGES = ("ddad", "torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
@@ -116,7 +117,7 @@ class Detector:
         """Of the U-Net: `fp32`, or `bf16` for speed; scores then move by a few percent at most."""
         if settings.network.attention_heads and isinstance(unet, UNet2DModel):
             set_attention_heads(unet, settings.network.attention_heads)
-        self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.to(choose_device(device))
 
     def to(self, device: str | torch.device) -> "Detector":
         """Move to a device."""
@@ -208,14 +209,13 @@ class Detector:
         distances = torch.cat([self.compare(chunk)[0].cpu() for chunk in _chunks(select, batch_size)])
         if self.settings.scoring.position == "standardise":
             self.statistics = position_statistics(distances)
-        scales = map_scales(self._standardised(distances))
+        # Standardised distances are in spreads, of which a peak has at least one.
+        scales = map_scales(self._standardised(distances), least=1.0 if self.statistics else 1e-6)
         self.calibration = Calibration(scales=scales)
-        maps, scores = [], []
+        scores: list[float] = []
         for chunk in _chunks(calibration, batch_size):
-            for prediction in self._predict_batch([_Photo(None, image, self.shape) for image in chunk]):
-                maps.append(prediction.anomaly_map)
-                scores.append(prediction.anomaly_score)
-        self.calibration = calibrate(scales, maps, scores, self.settings.false_alarms)
+            scores += image_score(self.fuse(self.compare(chunk)[0])).tolist()
+        self.calibration = calibrate(scales, scores, self.settings.false_alarms)
 
     # -- use --------------------------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class Detector:
         drawn = ((reconstructions.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         assert self.calibration is not None  # fuse has made sure
         ranking = Ranking(self.calibration)
-        limit = self.calibration.map_limit
+        limit = self.calibration.threshold
         results = []
         for photo, anomaly_map, score, reconstruction in zip(
             batch, maps.float().cpu().numpy(), scores, drawn, strict=True
@@ -310,14 +310,20 @@ class Detector:
     def save_pretrained(
         self, folder: str | Path, card: str | None = None, extra: Mapping[str, Path] | None = None
     ) -> None:
-        """Write the model folder: everything the model needs, without pickle; replaces an older folder of this name.
+        """Write the model folder: everything the model needs, without pickle; replaces an older model of this name.
 
         Args:
             folder: where to; written under a temporary name first, then renamed.
             card: text of the model card (`README.md`).
             extra: other files to copy into it, by name.
+
+        Raises:
+            ConfigError: the folder is there and holds something else.
         """
-        with atomic_folder(Path(folder)) as temporary:
+        folder = Path(folder)
+        if folder.exists() and not (folder / RECORD).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise ConfigError(f"Expected a new or empty folder, or an older model, found other files in {folder}.")
+        with atomic_folder(folder) as temporary:
             self.unet.save_pretrained(temporary / "unet")
             self.scheduler.save_pretrained(temporary / "scheduler")
             self.features.save(temporary / "features")
@@ -332,7 +338,7 @@ class Detector:
                 "versions": package_versions(),
                 **self.record,
             }
-            write_json(temporary / "detector.json", record)
+            write_json(temporary / RECORD, record)
             for name, file in (extra or {}).items():
                 shutil.copyfile(file, temporary / name)
             write_text(temporary / "README.md", card or "# ddad model\n")
@@ -346,13 +352,15 @@ class Detector:
         """
         folder = Path(folder)
         record = read_record(folder)
+        calibrated = record.get("calibration") is not None
+        by_position = record.get("settings", {}).get("scoring", {}).get("position") == "standardise"
         try:
             unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
             scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-            stored = load_file(folder / STATISTICS) if (folder / STATISTICS).exists() else None
+            stored = load_file(folder / STATISTICS) if calibrated and by_position else None
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(
-                f"Expected the network and its scheduler in {folder}, found something else "
+                f"Expected the network, its scheduler and statistics in {folder}, found something else "
                 f"({str(error).splitlines()[0]}); copy or train the model again."
             ) from None
         features = FeatureExtractor.load(folder / "features")
@@ -379,7 +387,7 @@ class Detector:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The contents of `detector.json`; raises ModelError where there is no readable one."""
-    path = folder / "detector.json"
+    path = folder / RECORD
     if not path.is_file():
         raise ModelError(
             f"Expected a model folder with a detector.json, found none at {folder}; "

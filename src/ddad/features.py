@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -86,11 +87,14 @@ class FeatureExtractor(nn.Module):
         return extractor
 
 
-def create_features(name: str, layers: Sequence[int]) -> FeatureExtractor:
+def create_features(name: str, layers: Sequence[int], shape: tuple[int, int] | None = None) -> FeatureExtractor:
     """A pretrained extractor by name (see the module's docstring), cut after the last of `layers`.
 
+    Where the (height, width) of the images is given, it is tried at that shape.
+
     Raises:
-        ConfigError: an unknown name, or weights that are not on this machine while the hub cannot be reached.
+        ConfigError: an unknown name, a backbone that does not work at `shape`, or weights that are not on this machine
+            while the hub cannot be reached.
         ModelError: a local folder without a usable backbone.
     """
     if name == DEFAULT_FEATURES:
@@ -101,7 +105,17 @@ def create_features(name: str, layers: Sequence[int]) -> FeatureExtractor:
     else:
         backbone, architecture = _hub(name)
     configuration = backbone.pretrained_cfg
-    return FeatureExtractor(backbone, architecture, layers, configuration["mean"], configuration["std"])
+    extractor = FeatureExtractor(backbone, architecture, layers, configuration["mean"], configuration["std"])
+    if shape:
+        try:
+            with torch.no_grad():
+                extractor(torch.zeros(1, 3, *shape))
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(
+                f"Expected features that work on images of {shape[0]} x {shape[1]} pixels, found that {name} does not "
+                f"({_first_line(error)}); use another --image-size or other --features."
+            ) from None
+    return extractor
 
 
 def _lite2() -> Any:
@@ -117,12 +131,11 @@ def _local(folder: Path) -> tuple[Any, str]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = config["architecture"]
-        details = {key: config[key] for key in ("pretrained_cfg",) if key in config}
-        backbone = timm.create_model(architecture, pretrained=False)
+        pretrained = config.get("pretrained_cfg", {})
+        arguments = {key: config[key] for key in ("num_classes",) if key in config} | config.get("model_args", {})
+        backbone = timm.create_model(architecture, pretrained=False, **arguments)
         backbone.load_state_dict(load_file(folder / "model.safetensors"))
-        backbone.pretrained_cfg.update(
-            {key: value for key, value in details.get("pretrained_cfg", {}).items() if key in ("mean", "std")}
-        )
+        backbone.pretrained_cfg.update({key: pretrained[key] for key in ("mean", "std") if key in pretrained})
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"Expected a timm backbone (config.json with its architecture, and model.safetensors) in {folder}, "
@@ -164,9 +177,10 @@ def _fail_fast() -> Iterator[None]:
 def _hub_reachable() -> bool:
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # a proxy resolves the name: only trying tells
-    host = hub_constants.ENDPOINT.split("//", 1)[-1].split("/", 1)[0]
+    endpoint = urlsplit(hub_constants.ENDPOINT)
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     try:
-        socket.create_connection((host.split(":")[0], 443), timeout=_HUB_TIMEOUT).close()
+        socket.create_connection((endpoint.hostname, port), timeout=_HUB_TIMEOUT).close()
     except OSError:
         return False
     return True

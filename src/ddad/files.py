@@ -89,6 +89,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what a killed process left unfinished in a folder; `name` limits it to the folder of that name."""
+    for leftover in folder.glob(f"{TEMPORARY_PREFIX}{name}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -26,14 +26,20 @@ from ddad.data.samples import content_hash, fingerprint, model_shape, split_good
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, ModelError
 from ddad.features import create_features
-from ddad.files import write_json
+from ddad.files import remove_leftovers, write_json
 from ddad.images import ImageRule, fit_image_rule, probe, read_image
 from ddad.training import Progress, Trainer
-from ddad.unet import create_scheduler, create_unet, parameter_count
+from ddad.unet import choose_device, create_scheduler, create_unet, parameter_count
 
 CACHE_SHARE = 0.4
 """Share of the free memory that decoded images may take; the others are read again each time."""
 DEFAULT_TIME_BUDGET = 3600.0
+FEWEST_STEPS = 10
+"""A time budget that allows fewer is refused: the model would be noise with a promise."""
+HELD_OUT = 32
+"""Select images whose denoising loss is measured on the way."""
+MOST_SELECT = 256
+"""Select images that give the statistics of the maps; more would take memory and change nothing."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def fit(
         raise ConfigError("Expected either a number of steps or a time budget, found both; leave one out.")
     if steps is None and time_budget is None:
         time_budget = DEFAULT_TIME_BUDGET
+    on_device = choose_device(device)
     dataset = scan(data)
     paths = [sample.path for sample in dataset.train]
     split = split_good(paths, settings.false_alarms)
@@ -139,15 +146,17 @@ def fit(
         shutil.rmtree(run, ignore_errors=True)
         on_stage(f"{out} is already trained with these settings on these images; nothing to do.")
         return out
-    run.mkdir(parents=True, exist_ok=True)
+    sizes = [(info.height, info.width) for info in map(probe, paths)]
+    shape = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
+    features = create_features(settings.scoring.features, settings.scoring.feature_layers, shape)
     with _locked(run):
+        remove_leftovers(out.parent, out.name)
+        store = CheckpointStore(run)
         plan = _load_plan(run)
         if plan:
             _check_same(plan, settings, data_fingerprint, asked, run)
-            shape, rule = plan.shape, ImageRule(white=plan.white)
+            rule = ImageRule(white=plan.white)
         else:
-            sizes = [(info.height, info.width) for info in map(probe, paths)]
-            shape = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
             rule = fit_image_rule(paths)
         on_stage(
             f"{len(paths)} good images at {shape[0]} x {shape[1]} pixels: {len(split.train)} to train, "
@@ -161,12 +170,12 @@ def fit(
 
         torch.manual_seed(settings.seed)
         unet = create_unet(settings.network.architecture)
-        features = create_features(settings.scoring.features, settings.scoring.feature_layers)
         scheduler = create_scheduler(settings.network.prediction_type)
-        trainer = _trainer(unet, settings, device)
+        trainer = _trainer(unet, settings, on_device)
         detector = Detector(unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device)
         fixed = plan.steps if plan else steps
-        estimate = _measure(trainer, detector, settings, images, split, time_budget, fixed, started)
+        done = store.latest_step()
+        estimate = _measure(trainer, detector, settings, images, split, time_budget, fixed, done, started)
         if not plan:
             plan = Plan(
                 settings=settings.model_dump(mode="json"),
@@ -180,10 +189,11 @@ def fit(
                 steps=estimate.steps,
             )
             write_json(run / "run.json", asdict(plan))
+        if done:
+            on_stage(f"Resuming after step {done} of {plan.steps}.")
         on_estimate(estimate)
 
         log = _Log(run / "log.jsonl")
-        store = CheckpointStore(run)
 
         def progress(event: Progress) -> None:
             log.write(event)
@@ -192,7 +202,7 @@ def fit(
         trainer.run(
             images,
             plan.steps,
-            held_out=_spread(select, 32),
+            held_out=_spread(select, HELD_OUT),
             store=store,
             on_progress=progress,
             on_resume=log.resume,
@@ -200,7 +210,7 @@ def fit(
         log.close()
         on_stage("Calibrating on good images that were not trained on.")
         with trainer.averaged():
-            detector.calibrate(select, calibration)
+            detector.calibrate(_spread(select, MOST_SELECT), calibration)
             detector.record = {
                 "category": dataset.category,
                 "trained": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -260,14 +270,14 @@ result = Detector.from_pretrained("this folder").predict("part.png")
 """
 
 
-def _trainer(unet: Any, settings: Settings, device: str | None) -> Trainer:
+def _trainer(unet: Any, settings: Settings, device: torch.device) -> Trainer:
     return Trainer(
         unet,
         settings.training,
         prediction_type=settings.network.prediction_type,
         max_timestep=settings.max_timestep,
         seed=settings.seed,
-        device=torch.device(device) if device else None,
+        device=device,
     )
 
 
@@ -279,10 +289,11 @@ def _measure(
     split: Any,
     time_budget: float | None,
     steps: int | None,
+    done: int,
     started: float,
 ) -> Estimate:
     """Time a few steps on a copy, and one inspection, so that the steps fit the budget and the estimate is true."""
-    scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, str(trainer.device))
+    scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
     patience = 5.0 if time_budget is None else min(10.0, time_budget / 20)
     begin = time.monotonic()
     scratch.step(images, 0, 1000)  # warm-up: first calls allocate and choose kernels
@@ -299,17 +310,25 @@ def _measure(
     detector.compare(chunk)
     inspect_seconds = (time.monotonic() - before) / len(chunk)
     trainer.plain_unet.train()
-    held_out = min(32, len(split.select)) * 10 * inspect_seconds / len(settings.sampling.timesteps) * 5
-    calibrate_seconds = inspect_seconds * (len(split.select) + len(split.calibration))
+    # The held-out loss is measured ten times, at five timesteps an image.
+    call_seconds = inspect_seconds / len(settings.sampling.timesteps)
+    held_out = 10 * 5 * min(HELD_OUT, len(split.select)) * call_seconds
+    calibrate_seconds = inspect_seconds * (min(MOST_SELECT, len(split.select)) + len(split.calibration))
     if steps is None:
         assert time_budget is not None
         left = time_budget - (time.monotonic() - started) - calibrate_seconds - held_out
         # A tenth is kept back: the machine may slow down, and what is promised is the whole command.
-        steps = max(1, math.floor(0.9 * left / step_seconds))
+        steps = math.floor(0.9 * left / step_seconds)
+        if steps < FEWEST_STEPS:
+            needed = time_budget - left + FEWEST_STEPS * step_seconds / 0.9
+            raise ConfigError(
+                f"Expected a time budget for at least {FEWEST_STEPS} training steps, found {time_budget:.0f} s, which "
+                f"allow {max(0, steps)}; give more than {math.ceil(needed)} s, and an hour for good results."
+            )
     return Estimate(
         steps=steps,
         images_per_second=settings.training.batch_size / step_seconds,
-        train_seconds=steps * step_seconds + held_out,
+        train_seconds=(steps - done) * (step_seconds + held_out / steps),
         calibrate_seconds=calibrate_seconds,
         memory_mb=psutil.Process().memory_info().rss / 1e6,
         parameters=parameter_count(trainer.plain_unet),
@@ -347,14 +366,12 @@ class _Log:
                 kept.append(line)
                 self._note(entry)
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)  # whole lines, also when killed
 
     def write(self, event: Progress) -> None:
         entry = asdict(event)
         self._note(entry)
         self._file.write(json.dumps(entry) + "\n")
-        if event.held_out_loss is not None:
-            self._file.flush()
 
     def _note(self, entry: dict[str, Any]) -> None:
         self._last = {**entry, "held_out_loss": entry["held_out_loss"] or self._last.get("held_out_loss")}
@@ -419,7 +436,14 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 @contextmanager
 def _locked(run: Path) -> Iterator[None]:
     """One process at a time; the system drops the lock when the process ends, however it ends."""
-    descriptor = os.open(run / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / "lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a place for the model and its run, found that {run} cannot be written ({error.strerror}); "
+            "choose another --out."
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def evaluate_folder(
     """Inspect the test images of a folder in MVTec layout; write `metrics.json` and `report.html` to `out`.
 
     Raises:
-        DataError: there are no test images, or one of them or of the masks cannot be read.
+        DataError: there are no test images, or a mask cannot be read. A test image that cannot be read is left out, and
+            a note says so.
     """
     dataset = scan(data)
     if not dataset.test:
@@ -91,27 +93,29 @@ def evaluate_folder(
         )
     good = (read_image(sample.path, detector.shape, detector.image_rule) for sample in dataset.train)
     baseline = MeanImageBaseline().fit(good)
+    unreadable: list[str] = []
     evaluation = evaluate(
-        _inspect(detector, dataset.test, batch_size, workers),
+        _inspect(detector, dataset.test, batch_size, workers, unreadable),
         false_alarms=detector.calibration.promised_rate if detector.calibration else None,
         baseline=baseline,
         settings=detector.settings.model_dump(mode="json"),
     )
+    evaluation = replace(evaluation, notes=(*evaluation.notes, *unreadable))
     out = Path(out)
     evaluation.save(out / "metrics.json")
-    limit = detector.calibration.map_limit if detector.calibration else None
-    write_report(evaluation, out / "report.html", title=f"{dataset.category}: inspection report", limit=limit)
+    write_report(evaluation, out / "report.html", title=f"{dataset.category}: inspection report")
     return evaluation
 
 
 def _inspect(
-    detector: Detector, samples: Sequence[Sample], batch_size: int, workers: int
+    detector: Detector, samples: Sequence[Sample], batch_size: int, workers: int, unreadable: list[str]
 ) -> Iterator[tuple[Sample, Prediction]]:
     results = detector.stream((sample.path for sample in samples), batch_size, workers)
     for sample, (_, result) in zip(samples, results, strict=True):
         if isinstance(result, DataError):
-            raise result
-        yield sample, result
+            unreadable.append(f"Left out, since it cannot be read: {result}")
+        else:
+            yield sample, result
 
 
 def _headline(evaluation: Evaluation) -> list[str]:

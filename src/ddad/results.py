@@ -74,8 +74,7 @@ def _write_pictures(detector: Detector, path: Path, prediction: Prediction, out:
     def resize(array: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))
 
-    calibration = detector.calibration
-    limit = (calibration and calibration.map_limit) or 1.0  # 1 is a good part's typical peak
+    limit = prediction.threshold or 1.0  # without calibration: what a good part's peak typically is
     anomaly_map = resize(prediction.anomaly_map)
     pictures = {
         "heatmap": heatmap(anomaly_map, limit),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddad.checkpoint import CheckpointStore
 from ddad.config import TrainingSettings
+from ddad.errors import ConfigError
 from ddad.unet import clean_from, create_scheduler, predict, processor_computes_bf16, training_target
 
 Images = Sequence[np.ndarray]
@@ -151,13 +152,13 @@ class Trainer:
         prediction_type: str,
         max_timestep: int,
         seed: int,
-        device: torch.device | None = None,
+        device: torch.device,
     ) -> None:
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = choose_precision(settings.precision, device)
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="bf16" if self.precision == "bf16" else "no"
-        )
+        # Accelerate keeps one precision a process; autocast below is per trainer.
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
         self.settings = settings
         self.prediction_type = prediction_type
         self.max_timestep = max_timestep
@@ -193,7 +194,8 @@ class Trainer:
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         sample = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = training_target(clean, noise, alpha, self.prediction_type)
-        output = predict(self.unet, sample, timesteps)
+        with self._autocast():
+            output = predict(self.unet, sample, timesteps)
         loss = denoising_loss(output, target, alpha, settings, self.prediction_type)
 
         self.accelerator.backward(loss)
@@ -225,6 +227,7 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
+            ConfigError: the loss is no longer finite.
         """
         done, seconds = self._resume(store)
         on_resume(done)
@@ -234,7 +237,10 @@ class Trainer:
             for index in range(done, steps):
                 loss = float(self.step(images, index, steps))
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss became {loss} at step {index + 1}")
+                    raise ConfigError(
+                        f"Expected a finite loss, found {loss} at step {index + 1}: training diverged; "
+                        "choose another --seed or preset, and another --out."
+                    )
                 now = time.monotonic()
                 finished = index + 1
                 held_out_value = None
@@ -259,8 +265,8 @@ class Trainer:
     def held_out_loss(self, images: Images) -> float:
         """`held_out_loss` of the averaged weights, in evaluation mode."""
         timesteps = [round(self.max_timestep * f) for f in (0.1, 0.3, 0.5, 0.7, 0.9)]
-        with self.averaged():
-            return held_out_loss(self.unet, images, self.alphas_cumprod, self.prediction_type, timesteps)
+        with self.averaged() as unet, self._autocast():
+            return held_out_loss(unet, images, self.alphas_cumprod, self.prediction_type, timesteps)
 
     @contextmanager
     def averaged(self) -> Iterator[Any]:
@@ -276,6 +282,9 @@ class Trainer:
             self.plain_unet.train()
             if self.ema:
                 self.ema.restore(parameters)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         names = [name for name, _ in self.plain_unet.named_parameters()]

@@ -13,6 +13,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddad.errors import ConfigError
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -115,6 +117,25 @@ def training_target(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, predic
 def parameter_count(module: nn.Module) -> int:
     """Number of weights."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name; None: the GPU where there is one.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"Expected a device such as cpu, cuda or cuda:1, found {name!r}.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"Expected a device of this machine, found {device}; it has {torch.cuda.device_count()} CUDA devices."
+        )
+    return device
 
 
 def processor_computes_bf16(device: torch.device) -> bool:

@@ -113,9 +113,8 @@ def check(root: str | os.PathLike[str], false_alarms: float = 0.01, image_size: 
     except DataError as error:
         findings.append(Finding("error", f"{dataset.root}: {error}", "Photograph more good parts."))
     else:
-        names, files = ("train", "select", "calibration"), Counter(look.digest for look in good)
-        split = {name: sum(files[digest] for digest in part) for name, part in zip(names, parts, strict=True)}
-        different = len(parts[2])  # copies of an image add no evidence
+        split = {name: len(part) for name, part in zip(("train", "select", "calibration"), parts, strict=True)}
+        different = split["calibration"]  # copies of an image add no evidence
         if different < needed:
             message = (
                 f"expected {needed} calibration images for a false-alarm rate of {false_alarms:.3g}, but found "

@@ -72,19 +72,20 @@ def split_good(paths: Iterable[str | os.PathLike[str]], false_alarms: float) -> 
     """Split good images into train, select and calibration, about 80/10/10, by content alone.
 
     Each file's hash is a number u in [0, 1): calibration takes u < f, select u >= 0.9, train the rest. So renamed
-    files, and old files when new ones come, keep their part, and identical files share one. f is the smallest of
-    `CALIBRATION_LADDER` that gives calibration `images_needed(false_alarms)` different images; 0.1 if none does. Two
-    bounds go before: train keeps at least half of all (so calibration ends earlier), and calibration and select get at
-    least max(1, n // 20) each (so in small sets they reach further). Images move only when f changes or a bound acts.
+    files, and old files when new ones come, keep their part. Of identical files, which are no further evidence, the
+    first by name stands for all. f is the smallest of `CALIBRATION_LADDER` that gives calibration
+    `images_needed(false_alarms)` different images; 0.1 if none does. Two bounds go before: train keeps at least half of
+    all (so calibration ends earlier), and calibration and select get at least max(1, n // 20) each (so in small sets
+    they reach further). Images move only when f changes or a bound acts.
 
     Order inside a part is by hash. Raises DataError below `MIN_GOOD` different images or for unreadable files,
     ConfigError unless 0 < false_alarms < 1.
     """
-    by_hash: dict[str, list[Path]] = {}
+    by_hash: dict[str, Path] = {}
     for path in sorted(Path(path) for path in paths):
-        by_hash.setdefault(content_hash(path), []).append(path)
+        by_hash.setdefault(content_hash(path), path)
     parts = split_hashes(list(by_hash), false_alarms)
-    train, select, calibration = (tuple(path for digest in part for path in by_hash[digest]) for part in parts)
+    train, select, calibration = (tuple(by_hash[digest] for digest in part) for part in parts)
     return Split(train, select, calibration)
 
 
