@@ -262,7 +262,7 @@ def info(model: Model, as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for images, model and report.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 850,
     seed: Annotated[int, typer.Option(min=0, help="Of images, weights and batches.")] = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -55,10 +55,11 @@ class _Pose:
 
 def _draw_pose(rng: np.random.Generator) -> _Pose:
     return _Pose(
-        x=rng.uniform(-0.03, 0.03),
-        y=rng.uniform(-0.03, 0.03),
-        angle=rng.uniform(-np.pi, np.pi),
-        scale=rng.uniform(0.97, 1.03),
+        # A fixture holds the part: it moves by about a pixel and turns by a few degrees.
+        x=rng.uniform(-0.005, 0.005),
+        y=rng.uniform(-0.005, 0.005),
+        angle=rng.uniform(-0.05, 0.05),
+        scale=rng.uniform(0.995, 1.005),
         light=rng.uniform(-np.pi, np.pi),
         gradient=rng.uniform(0.05, 0.25),
         exposure=rng.uniform(0.88, 1.08),
@@ -82,9 +83,9 @@ def _draw_defect(kind: str, rng: np.random.Generator) -> dict[str, Any]:
     if kind == "chip":
         return defect | {"size": rng.uniform(0.03, 0.05)}
     if kind == "stain":
-        return defect | {"size": rng.uniform(0.035, 0.06), "depth": rng.uniform(0.35, 0.65)}
+        return defect | {"size": rng.uniform(0.035, 0.06), "depth": rng.uniform(0.5, 0.75)}
     if kind == "scratch":
-        depth = rng.uniform(0.3, 0.5) * (1 if rng.random() < 0.5 else -1)
+        depth = rng.uniform(0.45, 0.65) * (1 if rng.random() < 0.5 else -1)
         return defect | {"size": rng.uniform(0.06, 0.13), "bend": rng.uniform(-0.3, 0.3), "depth": depth}
     colour = FIBRE_COLOURS[rng.integers(len(FIBRE_COLOURS))]
     return defect | {"size": rng.uniform(0.09, 0.15), "bend": rng.uniform(0.2, 0.5), "colour": colour}
