@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from ddad.errors import DataError
 
 PRIOR_IMAGES = 10
 """How many good images the global value counts for against the value at a place."""
+LEAST_SPREAD = 0.05
+"""Of the mean distance; less is not believed."""
 
 
 class Calibration(BaseModel):
@@ -85,9 +88,10 @@ def position_statistics(distances: Tensor) -> PositionStatistics:
     # Of one image the spread at a place is zero; the spread over places then stands for it.
     overall_spread = distances.std(dim=(0, 2, 3), correction=0).view(-1, 1, 1).clamp(min=1e-6)
     spread = trust * spread + (1 - trust) * overall_spread
-    return PositionStatistics(
-        trust * mean + (1 - trust) * overall_mean, (spread + spread.mean(dim=(1, 2), keepdim=True)) / 2
-    )
+    spread = (spread + spread.mean(dim=(1, 2), keepdim=True)) / 2
+    # Very few images may happen to agree; new ones will not agree so well.
+    spread = torch.maximum(spread, LEAST_SPREAD * overall_mean.clamp(min=1e-6))
+    return PositionStatistics(trust * mean + (1 - trust) * overall_mean, spread)
 
 
 def map_scales(distances: Tensor, least: float) -> tuple[float, ...]:
