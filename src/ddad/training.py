@@ -171,8 +171,13 @@ class Trainer:
                 unet.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
             )
         else:
+            # A short memory of gradient sizes: with 0.999 a run diverged after a spike (docs/log.md).
             optimizer = torch.optim.AdamW(
-                unet.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+                unet.parameters(),
+                lr=settings.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=settings.weight_decay,
+                fused=True,
             )
         self.unet, self.optimizer = self.accelerator.prepare(unet, optimizer)
         self.device = self.accelerator.device
