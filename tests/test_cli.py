@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -126,6 +127,17 @@ def test_evaluate_writes_metrics_and_a_report(ideal, data, tmp_path):
     assert page.startswith("<!doctype html>")
     assert "http://" not in re.sub(r"http://www.w3.org\S*", "", page)
     assert "https://" not in page
+
+
+def test_an_unreadable_test_image_is_left_out_and_named(ideal, data, tmp_path):
+    copy = tmp_path / "plate"
+    shutil.copytree(data, copy)
+    (copy / "test/good/003.png").write_bytes(b"broken")
+    result = run("evaluate", "MODEL", copy, "--out", tmp_path / "eval")
+    assert result.exit_code == 0
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["counts"] == {"good": 5, "defective": 6}
+    assert any("Left out, since it cannot be read" in note and "003.png" in note for note in metrics["notes"])
 
 
 def test_evaluate_without_test_images(ideal, data):

@@ -18,7 +18,7 @@ from ddad.config import make_settings
 from ddad.data.samples import content_hash
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError
-from ddad.fit import ImageCache, fit
+from ddad.fit import ImageCache, diverged, fit
 from ddad.images import ImageRule, read_image
 
 
@@ -227,6 +227,14 @@ def test_an_unreadable_good_image_is_named(photos, tmp_path):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not really")
     with pytest.raises(DataError, match=r"broken\.png"):
         fit(folder, tmp_path / "model", tiny(), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([0.08, 0.03, 0.02, 0.021], False), ([0.026, 0.012, 0.129, 0.128], True), ([0.1], False), ([], False)],
+)
+def test_a_diverged_run_is_noticed(losses, expected):
+    assert diverged(losses) is expected
 
 
 def test_images_beyond_the_memory_limit_are_read_again(photos):

@@ -208,6 +208,11 @@ def fit(
             on_resume=log.resume,
         )
         log.close()
+        if diverged(log.held_out):
+            on_stage(
+                f"Warning: training diverged. The held-out loss was {min(log.held_out):.4g} and is "
+                f"{log.held_out[-1]:.4g} at the end; this model is not to be trusted. Train again with another --seed."
+            )
         on_stage("Calibrating on good images that were not trained on.")
         with trainer.averaged():
             detector.calibrate(_spread(select, MOST_SELECT), calibration)
@@ -225,6 +230,11 @@ def fit(
             detector.save_pretrained(out, card=model_card(detector), extra={"training.jsonl": log.path})
         shutil.rmtree(run)
     return out
+
+
+def diverged(held_out_losses: Sequence[float]) -> bool:
+    """Whether a run ended far above the best it had reached; falling rates let a sound run end near its best."""
+    return bool(held_out_losses) and held_out_losses[-1] > 1.5 * min(held_out_losses)
 
 
 def model_card(detector: Detector) -> str:
@@ -352,6 +362,7 @@ class _Log:
         self.path = path
         self._file: Any = None
         self._last: dict[str, Any] = {}
+        self.held_out: list[float] = []
 
     def resume(self, step: int) -> None:
         kept = []
@@ -374,6 +385,8 @@ class _Log:
         self._file.write(json.dumps(entry) + "\n")
 
     def _note(self, entry: dict[str, Any]) -> None:
+        if entry["held_out_loss"] is not None:
+            self.held_out.append(entry["held_out_loss"])
         self._last = {**entry, "held_out_loss": entry["held_out_loss"] or self._last.get("held_out_loss")}
 
     def close(self) -> None:
