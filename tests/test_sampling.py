@@ -5,7 +5,7 @@ import torch
 
 from analytic import GaussianUNet
 from ddad.config import SamplingSettings
-from ddad.sampling import condition, reconstruct, step
+from ddad.sampling import condition, match_level, reconstruct, step
 from ddad.unet import clean_from, create_scheduler, predict, training_target
 
 ALPHAS = create_scheduler("epsilon").alphas_cumprod
@@ -108,6 +108,15 @@ def test_aligned_and_published_grids():
     published = {"start_timestep": 250, "stride": 25}
     assert SamplingSettings(**published).timesteps == (250, 225, 200, 175, 150, 125, 100, 75, 50, 25)
     assert SamplingSettings(**published, aligned=False).timesteps == (225, 200, 175, 150, 125, 100, 75, 50, 25, 0)
+
+
+def test_level_is_matched_whatever_a_defect_covers():
+    target = draw(2, 3, 16, 16)
+    drifted = target - torch.tensor([0.3, -0.1, 0.2]).view(1, 3, 1, 1)
+    drifted[:, :, 2:9, 2:9] += 5.0
+    matched = match_level(drifted, target)
+    torch.testing.assert_close(matched[:, :, 10:], target[:, :, 10:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(matched[:, :, 2:9, 2:9], target[:, :, 2:9, 2:9] + 5.0, rtol=0, atol=1e-6)
 
 
 def test_stochastic_sampling_needs_a_source_of_noise():

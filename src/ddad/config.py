@@ -42,6 +42,8 @@ class SamplingSettings(_Frozen):
     """0: deterministic DDIM; 1: as much fresh noise as DDPM."""
     start_noise: Literal["none", "seeded"] = "none"
     """Noise of the start: none (the scaled photograph), or drawn from a generator seeded by the image's pixels."""
+    match_level: bool = True
+    """Shift the reconstruction's channels to the photograph's level, which a start without noise makes drift."""
     aligned: bool = True
     """First call at T'. As published (False): noised at T', first called at T' - stride."""
 
@@ -138,6 +140,7 @@ _PAPER: dict[str, Any] = {
         "clamp": False,
         "eta": 1.0,
         "start_noise": "seeded",
+        "match_level": False,
         "aligned": False,
     },
     "scoring": {

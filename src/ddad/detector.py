@@ -44,7 +44,7 @@ from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
 from ddad.files import atomic_folder, write_json, write_text
 from ddad.images import ImageRule, read_photo
-from ddad.sampling import reconstruct
+from ddad.sampling import match_level, reconstruct
 from ddad.unet import choose_device, clean_from, predict, set_attention_heads
 
 FORMAT_VERSION = 1
@@ -166,6 +166,8 @@ class Detector:
         """
         target = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         reconstruction = self.reconstruct(target, images)
+        if self.settings.sampling.match_level:
+            reconstruction = match_level(reconstruction, target)
         pairs = zip(self.features(target), self.features(reconstruction), strict=True)
         distances = [pixel_distance(target, reconstruction)]
         distances += [feature_distance(a, b, self.shape) for a, b in pairs]
