@@ -186,9 +186,10 @@ def test_an_impossible_place_is_refused(photos, tmp_path):
 
 
 def test_what_a_killed_save_left_is_removed(photos, tmp_path):
-    (tmp_path / ".unfinished-model-abc").mkdir()
+    (tmp_path / ".unfinished-model-abcd_123").mkdir()
+    (tmp_path / ".unfinished-model-2-abcd_123").mkdir()  # another model, perhaps being saved just now
     fit(photos, tmp_path / "model", tiny(), steps=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".unfinished-model-2-abcd_123", "model"]
 
 
 def test_steps_or_time_but_not_both(photos, tmp_path):

@@ -91,7 +91,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove what a killed process left unfinished in a folder; `name` limits it to the folder of that name."""
-    for leftover in folder.glob(f"{TEMPORARY_PREFIX}{name}*"):
+    # tempfile ends a name in eight random characters; a plain prefix would take a neighbour's folder too.
+    for leftover in folder.glob(f"{TEMPORARY_PREFIX}{name}-????????" if name else f"{TEMPORARY_PREFIX}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
