@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch.nn import functional
 
 from ddad.anomaly_map import (
     Region,
+    centre,
     feature_distance,
     fuse,
+    fuse_batch_max,
     image_score,
     pixel_distance,
     regions,
@@ -34,6 +37,41 @@ def test_feature_distance_of_constant_features_has_no_seam_at_the_border():
     maps = [value.view(1, 2, 1, 1).expand(1, 2, 5, 7) for value in (a, b)]
     distance = feature_distance(*maps, (10, 14))
     torch.testing.assert_close(distance, torch.full((1, 10, 14), 1 - 0.5**0.5))
+
+
+def test_feature_distance_as_published():
+    """3 x 3 pooling with zeros beyond the border, corners aligned with corners."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 5, 6, 6, generator=generator) for _ in range(2))
+    window = torch.full((5, 1, 3, 3), 1 / 9)
+    pooled = [functional.conv2d(maps, window, padding=1, groups=5) for maps in (a, b)]
+    cosine = (pooled[0] * pooled[1]).sum(1) / (pooled[0].norm(dim=1) * pooled[1].norm(dim=1))
+    distance = feature_distance(a, b, (11, 11), zero_padding=True, align_corners=True)
+    # With aligned corners every second pixel of 11 is one of the 6 cells.
+    torch.testing.assert_close(distance[:, ::2, ::2], 1 - cosine)
+
+
+def test_batch_max_fusion_by_hand():
+    pixel, one, two = (torch.tensor(values).view(2, 1, 1) for values in ([1.0, 4.0], [2.0, 1.0], [0.0, 5.0]))
+    fused = fuse_batch_max([pixel, one, two], [3.0, 1.0, 2.0])
+    layers = torch.tensor([2.0, 11.0]).view(2, 1, 1)
+    torch.testing.assert_close(fused, layers + 3 * 11 / 4 * pixel)
+
+
+@pytest.mark.parametrize(
+    ("shape", "crop", "expected"),
+    [
+        ((256, 256), 224, (224, 224)),
+        ((288, 224), 224, (224, 224)),
+        ((64, 300), 224, (64, 224)),
+        ((64, 64), None, (64, 64)),
+    ],
+)
+def test_centre(shape, crop, expected):
+    mask = np.zeros(shape, bool)
+    mask[centre(*shape, crop)] = True
+    assert mask[centre(*shape, crop)].shape == expected
+    np.testing.assert_array_equal(mask, mask[::-1, ::-1])
 
 
 def test_fuse_weighs_in_units_of_good_parts():

@@ -24,6 +24,13 @@ def test_the_published_preset_is_as_published():
     assert paper.scoring.features == "wide_resnet101_2.tv_in1k"
     assert paper.square
     assert paper.scoring.position == "none"
+    assert (paper.scoring.fusion, paper.scoring.crop) == ("batch-max", 224)
+    assert (paper.scoring.pool_padding, paper.scoring.align_corners) == ("zero", True)
+    assert (paper.scoring.smoothing, paper.scoring.layer_weights) == (4.0, (1.0, 1.0))
+    adaptation = paper.adaptation
+    assert (adaptation.pairs, adaptation.similarity, adaptation.batch_norm) == ("different", "flat", "train")
+    assert (adaptation.conditioning_weight, adaptation.learning_rate, adaptation.layers) == (3.0, 1e-4, (1, 2, 3))
+    assert not adaptation.choose_epochs
 
 
 def test_timesteps_of_training_are_those_of_inference_with_a_margin():

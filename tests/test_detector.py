@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from analytic import GaussianUNet
 from ddad.config import make_settings
@@ -224,9 +225,44 @@ def test_without_calibration_there_is_no_verdict(features):
     )
     result = detector.predict(defective_image(0))
     assert (result.p_value, result.is_anomalous, result.threshold, result.regions) == (None, None, None, ())
-    detector.calibration = None
-    with pytest.raises(ConfigError, match="Expected a model with map scales, found none"):
-        detector.predict(defective_image(0))
+    detector.calibration = detector.statistics = None
+    results = detector.predict([good_image(5), defective_image(0)])
+    assert all((result.p_value, result.is_anomalous, result.threshold) == (None, None, None) for result in results)
+    assert results[0].anomaly_score < results[1].anomaly_score
+
+
+def test_batch_max_fusion_is_as_published_and_depends_on_the_batch(features):
+    settings = make_settings(
+        "xs",
+        network={"prediction_type": "epsilon"},
+        sampling={"match_level": False},
+        scoring={"fusion": "batch-max", "layer_weights": (1.0, 1.0), "pixel_weight": 7.0, "position": "none"},
+    )
+    detector = Detector(GaussianUNet(0.0, 0.1), create_scheduler("epsilon"), features, settings, SHAPE, device="cpu")
+    images = [good_image(1), defective_image(2)]
+    results = [result for _, result in detector.stream(images, batch_size=2, batch_max=True)]
+    distances = detector.distances(images, detector.reconstruct(images)).numpy()
+    pixel, layers = distances[:, 0], distances[:, 1] + distances[:, 2]
+    expected = layers + 7 * layers.max() / pixel.max() * pixel
+    for result, raw in zip(results, expected, strict=True):
+        smoothed = ndimage.gaussian_filter(raw, detector.sigma, mode="mirror", truncate=4)
+        np.testing.assert_allclose(result.anomaly_map, smoothed, rtol=1e-3, atol=1e-4)
+        assert result.is_anomalous is None
+    (alone,) = [result for _, result in detector.stream(images[:1], batch_max=True)]
+    assert alone.anomaly_score > 1.5 * results[0].anomaly_score
+
+
+def test_outside_the_centre_nothing_counts(features):
+    detector = analytic_detector(features)
+    image = good_image(5)
+    image[:8, :8] = 255
+    whole = detector.predict(image)
+    assert np.unravel_index(whole.anomaly_map.argmax(), SHAPE) < (12, 12)
+    detector.settings = make_settings("xs", network={"prediction_type": "epsilon"}, scoring={"crop": 32})
+    cropped = detector.predict(image)
+    np.testing.assert_array_equal(cropped.anomaly_map[16:48, 16:48], whole.anomaly_map[16:48, 16:48])
+    assert cropped.anomaly_map.sum() == pytest.approx(whole.anomaly_map[16:48, 16:48].sum())
+    assert cropped.anomaly_score < whole.anomaly_score
 
 
 def test_other_peoples_files_are_not_replaced(features, tmp_path):

@@ -417,6 +417,20 @@ def test_black_mask_is_empty_and_half_bright_is_not_defect():
     assert read_mask(np.array([[100, 101, 200, 0]], np.uint8)).tolist() == [[False, True, True, False]]
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_in_a_mask_of_class_ids_every_class_marks(kind):
+    values = np.array([[0, 1, 2], [5, 31, 0]], kind)
+    assert read_mask(encoded(values, "PNG")).tolist() == [[False, True, True], [True, True, False]]
+    np.testing.assert_array_equal(read_mask(values), values > 0)
+    values[1, 1] = 32  # one more is brightness: 5 is a soft edge
+    assert read_mask(values).tolist() == [[False, False, False], [False, True, False]]
+
+
+def test_a_mask_of_fractions_holds_no_class_ids():
+    assert read_mask(np.array([[0, 0.3, 0.6, 1]], np.float32)).tolist() == [[False, False, True, True]]
+    assert not read_mask(np.zeros((1, 2), np.float32)).any()
+
+
 def test_mask_resized_keeps_cells_covered_by_half():
     mask = np.zeros((64, 64), bool)
     mask[16:32, 16:48] = True

@@ -36,10 +36,18 @@ def pixel_distance(target: Tensor, reconstruction: Tensor) -> Tensor:
     return (target - reconstruction).abs().mean(dim=1)
 
 
-def feature_distance(target: Tensor, reconstruction: Tensor, size: tuple[int, int]) -> Tensor:
+def feature_distance(
+    target: Tensor,
+    reconstruction: Tensor,
+    size: tuple[int, int],
+    *,
+    zero_padding: bool = False,
+    align_corners: bool = False,
+) -> Tensor:
     """1 - cosine of one layer's features after 3 x 3 mean pooling, (B, C, h, w) twice -> (B, H, W) in [0, 2]."""
-    distance = 1 - functional.cosine_similarity(pool(target), pool(reconstruction), dim=1)
-    return functional.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    pooled = (pool(features, zero_padding) for features in (target, reconstruction))
+    distance = 1 - functional.cosine_similarity(*pooled, dim=1)
+    return functional.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def standardise(distance: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
@@ -51,12 +59,34 @@ def fuse(distances: Sequence[Tensor], scales: Sequence[float], weights: Sequence
     """Σ weight · distance / scale, all (B, H, W).
 
     A scale is what good parts show, measured once on held-out good images, so a map depends on its own image only.
-    (As published the scales are maxima over the test batch.)
     """
     fused = torch.zeros_like(distances[0])
     for distance, scale, weight in zip(distances, scales, weights, strict=True):
         fused = fused + distance * (weight / scale)
     return fused
+
+
+def fuse_batch_max(distances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """As published: D = D_f + v · max(D_f) / max(D_p) · D_p, the maxima over the whole batch, D_f the sum of layers.
+
+    A map then depends on the other images of its batch; this is here for comparison only.
+
+    Args:
+        distances: the pixel distance, then each layer's, (B, H, W), before smoothing.
+        weights: v, then the weight of each layer.
+    """
+    pixel, *layers = distances
+    pixel_weight, *layer_weights = weights
+    features = torch.zeros_like(pixel)
+    for distance, weight in zip(layers, layer_weights, strict=True):
+        features = features + weight * distance
+    return features + pixel_weight * features.max() / pixel.max().clamp(min=1e-12) * pixel
+
+
+def centre(height: int, width: int, crop: int | None) -> tuple[slice, slice]:
+    """Rows and columns of the centre square of `crop` pixels; all of them where it is None or larger."""
+    rows, columns = (max(0, (length - crop) // 2) if crop else 0 for length in (height, width))
+    return slice(rows, height - rows), slice(columns, width - columns)
 
 
 def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:

@@ -73,6 +73,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU
 Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images inspected together; scores do not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OutModel = Annotated[Path | None, typer.Option(help="The model folder to write; by default MODEL is replaced.")]
 Data = Annotated[Path, typer.Argument(help="A folder in MVTec layout, or a folder of good images.")]
 Model = Annotated[Path, typer.Argument(help="A model folder, as written by `ddad train`.")]
 
@@ -130,6 +131,7 @@ def train(
         str | None, typer.Option(help="efficientnet-lite2 (offline), a timm name, or local-dir:FOLDER.")
     ] = None,
     denoising_steps: Annotated[int | None, typer.Option(min=1, help="Network calls an image.")] = None,
+    adapt: Annotated[bool, typer.Option(help="Adapt the features where that finds synthetic defects better.")] = True,
     augment: Annotated[
         str | None, typer.Option(help="Any of hflip,vflip,rot90, where a turned part is as good.")
     ] = None,
@@ -146,6 +148,7 @@ def train(
         features=features,
         denoising_steps=denoising_steps,
         augment=augment,
+        adapt=adapt,
     )
     from ddad.detector import read_record
     from ddad.fit import fit
@@ -231,6 +234,131 @@ def evaluate(
 
 
 @app.command()
+def recalibrate(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="Good images: a plain folder, or one in MVTec layout.")],
+    out: OutModel = None,
+    false_alarms: Annotated[
+        float | None, typer.Option(parser=_rate, metavar="RATE", help="Such as 1%; by default the model's.")
+    ] = None,
+    device: Device = None,
+    workers: Workers = 2,
+) -> None:
+    """Give a model a new threshold from good images that it was not trained on."""
+    from ddad.refit import recalibrate as calibrate_again
+
+    with _Interruptible():
+        detector = calibrate_again(model, data, out, false_alarms=false_alarms, device=device, workers=workers)
+    assert detector.calibration is not None
+    print(detector.calibration.promise())
+    print(f"Model written to {out or model}.")
+
+
+@app.command()
+def adapt(
+    model: Model,
+    data: Data,
+    out: OutModel = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the good images, at most.")] = None,
+    device: Device = None,
+    workers: Workers = 2,
+) -> None:
+    """Adapt the features of a model to its product, where that finds synthetic defects better."""
+    from ddad.refit import adapt as adapt_model
+
+    with _Interruptible():
+        detector = adapt_model(model, data, out, epochs=epochs, device=device, workers=workers, on_stage=print)
+    assert detector.calibration is not None
+    print(detector.calibration.promise())
+    print(f"Model written to {out or model}.")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="The published code's U-Net, as torch.save wrote it.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    extractor: Annotated[Path | None, typer.Option(help="The adapted extractor beside it (feat<N>).")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="The backbone, a timm name; by default the paper's wide_resnet101_2.tv_in1k.")
+    ] = None,
+    category: Annotated[str | None, typer.Option(help="The product, for the model card.")] = None,
+) -> None:
+    """Make a model folder from a checkpoint of the published DDAD code."""
+    from ddad.integrations.authors import convert_checkpoint
+
+    convert_checkpoint(checkpoint, out, features=extractor, features_name=features, category=category)
+    print(f"Model written to {out}. It gives scores, but no verdict until: ddad recalibrate {out} GOOD_FOLDER")
+
+
+@app.command()
+def benchmark(
+    root: Annotated[Path, typer.Argument(help="The data set, as released.")],
+    out: Annotated[Path, typer.Option(help="The folder for models, results and tables.")],
+    dataset: Annotated[str, typer.Option(help="Its layout: mvtec-ad, visa, mtd or folder.")] = "folder",
+    categories: Annotated[str | None, typer.Option(help="Some of them: tile,wood; by default all.")] = None,
+    preset: Preset = "xs",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each category.")] = 3,
+    image_size: Annotated[int | None, typer.Option(help="As for train.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each training.")] = None,
+    time_budget: Annotated[
+        float | None, typer.Option(parser=_duration, metavar="TIME", help="Of each training; by default 1h.")
+    ] = None,
+    features: Annotated[str | None, typer.Option(help="As for train.")] = None,
+    published: Annotated[bool, typer.Option(help="The authors' settings of each category (paper, paper-s).")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only say how long it would take.")] = False,
+    ablate: Annotated[bool, typer.Option(help="Also judge the first network of each category part by part.")] = False,
+    ablate_images: Annotated[int | None, typer.Option(min=2, help="Test images for that; by default all.")] = None,
+    device: Device = None,
+    workers: Workers = 2,
+) -> None:
+    """Train and judge many categories and seeds; one table with the paper's figures beside ours."""
+    from ddad.benchmark import run_benchmark
+
+    with _Interruptible(), _ProgressPrinter(quiet=False) as printer:
+        report = run_benchmark(
+            root,
+            dataset,
+            out,
+            categories=categories.split(",") if categories else None,
+            preset=preset,
+            seeds=seeds,
+            image_size=image_size,
+            steps=steps,
+            time_budget=time_budget,
+            changes={"scoring": {"features": features}} if features else None,
+            published=published,
+            dry_run=dry_run,
+            device=device,
+            workers=workers,
+            on_estimate=printer.estimate,
+            on_progress=printer.progress,
+            on_stage=printer.say,
+        )
+        if dry_run:
+            return
+        printer.say(report.table)
+        for name, error in report.failures.items():
+            printer.say(f"{name} failed: {error}")
+        printer.say(f"Written to {out / 'results.md'}, results.csv and results.html.")
+        for folder, data in report.models.items() if ablate else ():
+            from ddad.ablation import run_ablation
+
+            printer.say(
+                run_ablation(
+                    folder,
+                    data,
+                    folder.parent,
+                    max_images=ablate_images,
+                    device=device,
+                    workers=workers,
+                    on_stage=printer.say,
+                )
+            )
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(model: Model, as_json: AsJson = False) -> None:
     """Say what a model is: settings, data, promise."""
     from ddad.detector import read_record
@@ -239,23 +367,27 @@ def info(model: Model, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(record, indent=2))
         return
-    settings, training, data = record["settings"], record.get("training", {}), record.get("data", {})
+    settings, training, data = record["settings"], record.get("training", {}), record.get("data")
     table = Table(show_header=False, box=None)
     rows = {
         "category": record.get("category"),
         "preset": settings["preset"],
         "shape": "{} x {} pixels".format(*record["shape"]),
         "features": settings["scoring"]["features"],
+        "adaptation": record.get("adaptation", {}).get("said"),
+        "converted from": record.get("converted", {}).get("checkpoint", {}).get("file"),
         "trained": record.get("trained"),
         "steps": training.get("steps"),
         "held-out loss": training.get("held_out_loss"),
-        "good images": " + ".join(str(len(data.get(part, ()))) for part in ("train", "select", "calibration"))
+        "good images": data
+        and " + ".join(str(len(data[part])) for part in ("train", "select", "calibration"))
         + " (train + select + calibration)",
         "false alarms": _promise(record),
         "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
     }
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        if value is not None:
+            table.add_row(name, str(value))
     Console(soft_wrap=True, highlight=False).print(table)
 
 
@@ -299,6 +431,8 @@ def _settings(preset: str, **options: Any) -> Any:
         changes["scoring"] = {"features": options["features"]}
     if options.get("augment"):
         changes["training"] = {"augment": tuple(options["augment"].split(","))}
+    if options.get("adapt") is False:
+        changes["adaptation"] = {"epochs": 0}
     count = options.get("denoising_steps")
     if count:
         start = make_settings(preset).sampling.start_timestep if preset in PRESETS else 0
@@ -393,10 +527,12 @@ class _ProgressPrinter:
         self.console.print(sentence, markup=False)
 
     def estimate(self, estimate: "Estimate") -> None:
+        epochs = estimate.adaptation_epochs
+        adapt = f"{epochs} adaptation passes in {_time(estimate.adapt_seconds)}, " if epochs else ""
         self.say(
             f"{estimate.parameters / 1e6:.1f} M parameters in {estimate.precision}, "
             f"{estimate.images_per_second:.1f} images a second, {estimate.memory_mb / 1000:.1f} GB of memory: "
-            f"{estimate.steps} steps in about {_time(estimate.train_seconds)}, "
+            f"{estimate.steps} steps in about {_time(estimate.train_seconds)}, {adapt}"
             f"then {_time(estimate.calibrate_seconds)} to calibrate."
         )
 

@@ -77,6 +77,14 @@ class ScoringSettings(_Frozen):
     """σ of the Gaussian over the maps, in pixels of a 256-pixel image; scaled with the model's size."""
     position: Literal["none", "standardise"] = "standardise"
     """standardise: each pixel's distance is compared with what good parts show at that place."""
+    pool_padding: Literal["exclude", "zero"] = "exclude"
+    """Border of the 3 x 3 pooling of features: the mean of what exists, or (as published) with zeros beyond."""
+    align_corners: bool = False
+    """How feature distances are resized to the image; as published: True."""
+    fusion: Literal["good-images", "batch-max"] = "good-images"
+    """Units of the distances: what good images show, or (as published, in evaluation only) maxima over the batch."""
+    crop: Annotated[int, Field(ge=1)] | None = None
+    """Pixels of the centre square outside which nothing counts; as published: 224 of 256."""
 
     @model_validator(mode="after")
     def _one_weight_a_layer(self) -> "ScoringSettings":
@@ -107,7 +115,32 @@ class TrainingSettings(_Frozen):
     """Timesteps are drawn below this; None: those used in inference, with a fifth more as a margin."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the processor computes in it, fp32 elsewhere."""
+    compile: bool = False
+    """torch.compile: a minute at the start, then faster steps on a GPU."""
     augment: tuple[Literal["hflip", "vflip", "rot90"], ...] = ()
+
+
+class AdaptationSettings(_Frozen):
+    """How the feature extractor is adapted to the product (paper: domain adaptation)."""
+
+    epochs: Annotated[int, Field(ge=0)] = 8
+    """Passes over the good images at most; 0: no adaptation. A time budget may allow fewer."""
+    choose_epochs: bool = True
+    """Keep the epoch that finds synthetic defects best, which may be none; as published (False): the last one."""
+    pairs: Literal["own", "different", "both"] = "own"
+    """own: a photograph and its own reconstruction; different (as published): one good photograph and another one
+    rebuilt towards it; both: half of each."""
+    similarity: Literal["position", "flat"] = "position"
+    """Cosine of the features at each place, averaged; or (as published) of all features of a layer as one vector."""
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    """Statistics of BatchNorm: those of pretraining, or (as published) those of each batch."""
+    conditioning_weight: Annotated[float, Field(ge=0)] = 3.0
+    """w_DA of pairs of different photographs."""
+    distillation_weight: Annotated[float, Field(ge=0)] = 0.1
+    """λ_DL: how strongly the adapted features are held to the original ones."""
+    layers: tuple[Annotated[int, Field(ge=0, le=4)], ...] = (1, 2, 3)
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch_size: Annotated[int, Field(ge=1)] = 16
 
 
 class Settings(_Frozen):
@@ -123,6 +156,7 @@ class Settings(_Frozen):
     sampling: SamplingSettings = SamplingSettings()
     scoring: ScoringSettings = ScoringSettings()
     training: TrainingSettings = TrainingSettings()
+    adaptation: AdaptationSettings = AdaptationSettings()
 
     @property
     def max_timestep(self) -> int:
@@ -145,7 +179,19 @@ _PAPER: dict[str, Any] = {
     },
     "scoring": {
         "features": "wide_resnet101_2.tv_in1k",
+        "layer_weights": (1.0, 1.0),
         "position": "none",
+        "pool_padding": "zero",
+        "align_corners": True,
+        "fusion": "batch-max",
+        "crop": 224,
+    },
+    "adaptation": {
+        "epochs": 3,
+        "choose_epochs": False,
+        "pairs": "different",
+        "similarity": "flat",
+        "batch_norm": "train",
     },
     "training": {
         "learning_rate": 3e-4,

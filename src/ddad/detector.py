@@ -23,8 +23,10 @@ from torch import Tensor
 
 from ddad.anomaly_map import (
     Region,
+    centre,
     feature_distance,
     fuse,
+    fuse_batch_max,
     image_score,
     pixel_distance,
     regions,
@@ -44,7 +46,7 @@ from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
 from ddad.files import atomic_folder, write_json, write_text
 from ddad.images import ImageRule, read_photo
-from ddad.sampling import match_level, reconstruct
+from ddad.sampling import match_level, reconstruct, to_unit
 from ddad.unet import choose_device, clean_from, predict, set_attention_heads
 
 FORMAT_VERSION = 1
@@ -60,7 +62,7 @@ class Prediction:
 
     path: str | None
     anomaly_score: float
-    """Peak of the anomaly map; 1 is what a good part typically reaches."""
+    """Peak of the anomaly map; 1 is what a good part typically reaches (without calibration: no unit)."""
     p_value: float | None
     """Share of good parts that look at least this anomalous; None without calibration."""
     is_anomalous: bool | None
@@ -123,15 +125,30 @@ class Detector:
         """Move to a device."""
         self.device = torch.device(device)
         self.unet.to(self.device)
+        if self.device.type == "cuda":
+            self.unet.to(memory_format=torch.channels_last)
         self.features.to(self.device)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         return self
 
     # -- the method -------------------------------------------------------------------------------------------------
 
-    def reconstruct(self, target: Tensor, images: Sequence[np.ndarray]) -> Tensor:
-        """Reconstructions of `target`, (B, 3, H, W) in [-1, 1]; noise is seeded by the pixels of `images`."""
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        start: Sequence[np.ndarray] | None = None,
+        conditioning_weight: float | None = None,
+    ) -> Tensor:
+        """Reconstructions (B, 3, H, W) of images (uint8, model shape); noise is seeded by their pixels.
+
+        Args:
+            start: other images that are rebuilt towards `images`: the pairs of domain adaptation.
+            conditioning_weight: w, instead of the settings'.
+        """
         sampling = self.settings.sampling
+        target = to_unit(images, self.device)
         generators = [_generator(image) for image in images]
 
         def noise(like: Tensor) -> Tensor:
@@ -144,44 +161,68 @@ class Detector:
                 output = predict(self.unet, sample, timesteps).float()
             return clean_from(output, sample, self.alphas_cumprod[timestep], self.scheduler.config.prediction_type)
 
-        return reconstruct(
+        reconstruction = reconstruct(
             denoiser,
             target,
             self.alphas_cumprod,
             sampling.timesteps,
             start_timestep=sampling.start_timestep,
-            conditioning_weight=sampling.conditioning_weight,
+            conditioning_weight=sampling.conditioning_weight if conditioning_weight is None else conditioning_weight,
             clamp=sampling.clamp,
             eta=sampling.eta,
             noise=noise,
             start_noise=sampling.start_noise == "seeded",
+            start=None if start is None else to_unit(start, self.device),
         )
+        return match_level(reconstruction, target) if sampling.match_level else reconstruction
 
-    @torch.inference_mode()
-    def compare(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Distances between images (uint8, model shape) and their reconstructions.
+    @torch.no_grad()
+    def distances(self, images: Sequence[np.ndarray], reconstruction: Tensor) -> Tensor:
+        """How far images (uint8, model shape) are from their reconstructions (B, 3, H, W).
 
         Returns:
-            The pixel distance and one feature distance a layer, smoothed, (B, K, H, W); reconstructions (B, 3, H, W).
+            The pixel distance and one feature distance a layer, not smoothed, (B, K, H, W).
         """
-        target = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        reconstruction = self.reconstruct(target, images)
-        if self.settings.sampling.match_level:
-            reconstruction = match_level(reconstruction, target)
-        pairs = zip(self.features(target), self.features(reconstruction), strict=True)
+        scoring = self.settings.scoring
+        target = to_unit(images, self.device)
         distances = [pixel_distance(target, reconstruction)]
-        distances += [feature_distance(a, b, self.shape) for a, b in pairs]
-        return smooth(torch.stack(distances, dim=1).flatten(0, 1), self.sigma).view(
-            len(images), -1, *self.shape
-        ), reconstruction
+        for one, other in zip(self.features(target), self.features(reconstruction), strict=True):
+            distances.append(
+                feature_distance(
+                    one,
+                    other,
+                    self.shape,
+                    zero_padding=scoring.pool_padding == "zero",
+                    align_corners=scoring.align_corners,
+                )
+            )
+        return torch.stack(distances, dim=1)
+
+    def smooth(self, maps: Tensor) -> Tensor:
+        """Maps (..., H, W) smoothed as the settings say."""
+        return smooth(maps.flatten(0, -3), self.sigma).view(maps.shape)
+
+    def compare(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Smoothed distances (B, K, H, W) of images (uint8, model shape), and their reconstructions (B, 3, H, W)."""
+        reconstruction = self.reconstruct(images)
+        return self.smooth(self.distances(images, reconstruction)), reconstruction
 
     def fuse(self, distances: Tensor) -> Tensor:
-        """D (B, H, W) ≥ 0 from smoothed distances (B, K, H, W): 1 is what a good part's peak typically is."""
-        if self.calibration is None:
-            raise ConfigError("Expected a model with map scales, found none; train it, or calibrate it on good images.")
-        kinds = self._standardised(distances).unbind(dim=1)
+        """D (B, H, W) ≥ 0 from smoothed distances (B, K, H, W): 1 is what a good part's peak typically is.
+
+        Without calibration distances have no unit, and are added as they are.
+        """
+        scales = self.calibration.scales if self.calibration else (1.0,) * distances.shape[1]
         weights = [weight / sum(self.weights) for weight in self.weights]
-        return fuse(kinds, self.calibration.scales, weights).clamp(min=0)
+        return self._only_centre(fuse(self._standardised(distances).unbind(dim=1), scales, weights).clamp(min=0))
+
+    def _only_centre(self, maps: Tensor) -> Tensor:
+        if self.settings.scoring.crop is None:
+            return maps
+        rows, columns = centre(*self.shape, self.settings.scoring.crop)
+        kept = torch.zeros_like(maps)
+        kept[..., rows, columns] = maps[..., rows, columns]
+        return kept
 
     def _standardised(self, distances: Tensor) -> Tensor:
         if self.statistics is None:
@@ -248,18 +289,19 @@ class Detector:
         return results
 
     def stream(
-        self, images: Iterable[ImageSource], batch_size: int = 4, workers: int = 1
+        self, images: Iterable[ImageSource], batch_size: int = 4, workers: int = 1, *, batch_max: bool = False
     ) -> Iterator[tuple[ImageSource, Prediction | DataError]]:
         """Inspect any number of photographs in order, a few in memory at a time.
 
         Yields (source, prediction), or (source, error) for one that cannot be read. `workers` threads decode ahead of
-        the network.
+        the network. `batch_max` fuses as published, for comparison only: scores then depend on the batch, and there is
+        no verdict.
         """
         pending: list[tuple[ImageSource, _Photo | DataError]] = []
 
         def flush() -> Iterator[tuple[ImageSource, Prediction | DataError]]:
             ready = [item for _, item in pending if not isinstance(item, DataError)]
-            predictions = iter(self._predict_batch(ready))
+            predictions = iter(self._predict_batch(ready, batch_max))
             for source, item in pending:
                 yield source, item if isinstance(item, DataError) else next(predictions)
             pending.clear()
@@ -277,17 +319,20 @@ class Detector:
             return error
         return _Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
 
-    def _predict_batch(self, batch: Sequence[_Photo]) -> list[Prediction]:
+    def _predict_batch(self, batch: Sequence[_Photo], batch_max: bool = False) -> list[Prediction]:
         if not batch:
             return []
         images = [photo.image for photo in batch]
-        distances, reconstructions = self.compare(images)
-        maps = self.fuse(distances)
+        reconstructions = self.reconstruct(images)
+        distances = self.distances(images, reconstructions)
+        if batch_max:
+            maps = self._only_centre(self.smooth(fuse_batch_max(distances.unbind(dim=1), self.weights)))
+        else:
+            maps = self.fuse(self.smooth(distances))
         scores = image_score(maps).tolist()
         drawn = ((reconstructions.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        assert self.calibration is not None  # fuse has made sure
-        ranking = Ranking(self.calibration)
-        limit = self.calibration.threshold
+        ranking = None if batch_max or self.calibration is None else Ranking(self.calibration)
+        limit = ranking.calibration.threshold if ranking else None
         results = []
         for photo, anomaly_map, score, reconstruction in zip(
             batch, maps.float().cpu().numpy(), scores, drawn, strict=True
@@ -296,9 +341,9 @@ class Detector:
                 Prediction(
                     path=photo.path,
                     anomaly_score=score,
-                    p_value=ranking.p_value(score),
-                    is_anomalous=ranking.is_anomalous(score),
-                    threshold=self.calibration.threshold,
+                    p_value=ranking.p_value(score) if ranking else None,
+                    is_anomalous=ranking.is_anomalous(score) if ranking else None,
+                    threshold=limit,
                     anomaly_map=anomaly_map,
                     reconstruction=reconstruction,
                     image=photo.image,

@@ -55,13 +55,14 @@ class FeatureExtractor(nn.Module):
         self.backbone: Any = backbone.eval().requires_grad_(False)
         self.mean, self.std = tuple(mean), tuple(std)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """Features of `layers`, by default of those it was made for; none may come after the last of these."""
         # [-1, 1] to the backbone's normalisation: ((x + 1) / 2 - mean) / std.
         mean = image.new_tensor(self.mean).view(-1, 1, 1)
         std = image.new_tensor(self.std).view(-1, 1, 1)
         normalised = ((image + 1) / 2 - mean) / std
         return self.backbone.forward_intermediates(
-            normalised, indices=list(self.layers), stop_early=True, intermediates_only=True
+            normalised, indices=list(layers or self.layers), stop_early=True, intermediates_only=True
         )
 
     def save(self, folder: Path) -> None:
@@ -190,6 +191,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def pool(feature: Tensor) -> Tensor:
-    """3 x 3 mean pooling at stride 1, (B, C, H, W); the border averages over the pixels that exist."""
-    return functional.avg_pool2d(feature, 3, stride=1, padding=1, count_include_pad=False)
+def pool(feature: Tensor, zero_padding: bool = False) -> Tensor:
+    """3 x 3 mean pooling at stride 1, (B, C, H, W); the border averages what exists, or (as published) zeros too."""
+    return functional.avg_pool2d(feature, 3, stride=1, padding=1, count_include_pad=zero_padding)

@@ -19,16 +19,20 @@ import numpy as np
 import psutil
 import torch
 
+from ddad.adaptation import Adapter
+from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.config import Settings
 from ddad.data.folder import scan
-from ddad.data.samples import content_hash, fingerprint, model_shape, split_good
+from ddad.data.samples import Dataset, fingerprint, model_shape, split_good
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, ModelError
 from ddad.features import create_features
 from ddad.files import remove_leftovers, write_json
 from ddad.images import ImageRule, fit_image_rule, probe, read_image
+from ddad.sampling import to_unit
 from ddad.training import Progress, Trainer
+from ddad.tuning import DEFECTS, MOST_ADAPTED, MOST_JUDGED, adapt_features, can_adapt, spread
 from ddad.unet import choose_device, create_scheduler, create_unet, parameter_count
 
 CACHE_SHARE = 0.4
@@ -40,6 +44,8 @@ HELD_OUT = 32
 """Select images whose denoising loss is measured on the way."""
 MOST_SELECT = 256
 """Select images that give the statistics of the maps; more would take memory and change nothing."""
+ADAPTATION_SHARE = 0.35
+"""Of a time budget, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Plan:
     budget: dict[str, float | None]
     """What was asked: steps, or seconds."""
     steps: int
+    adaptation_epochs: int
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,10 @@ class Estimate:
     """Measured before the first step."""
 
     steps: int
+    adaptation_epochs: int
     images_per_second: float
     train_seconds: float
+    adapt_seconds: float
     calibrate_seconds: float
     memory_mb: float
     parameters: int
@@ -99,7 +108,7 @@ class ImageCache(Sequence[np.ndarray]):
 
 
 def fit(
-    data: str | Path,
+    data: str | Path | Dataset,
     out: str | Path,
     settings: Settings,
     *,
@@ -116,7 +125,7 @@ def fit(
     Run again with the same arguments it resumes (from `out`.run), or returns at once where the model is there.
 
     Args:
-        data: a folder in MVTec layout, or a folder of good images.
+        data: a folder in MVTec layout, a folder of good images, or one category of another layout.
         out: the model folder to write.
         settings: what to train.
         steps: training steps; or
@@ -135,11 +144,11 @@ def fit(
     if steps is None and time_budget is None:
         time_budget = DEFAULT_TIME_BUDGET
     on_device = choose_device(device)
-    dataset = scan(data)
+    dataset = data if isinstance(data, Dataset) else scan(data)
     paths = [sample.path for sample in dataset.train]
     split = split_good(paths, settings.false_alarms)
     asked = {"steps": steps, "seconds": time_budget}
-    data_fingerprint = fingerprint(content_hash(path) for path in paths)
+    data_fingerprint = fingerprint(split.hashes.values())
 
     if out.exists():
         _check_finished(out, settings, data_fingerprint, asked)
@@ -149,7 +158,7 @@ def fit(
     sizes = [(info.height, info.width) for info in map(probe, paths)]
     shape = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
     features = create_features(settings.scoring.features, settings.scoring.feature_layers, shape)
-    with _locked(run):
+    with locked(run):
         remove_leftovers(out.parent, out.name)
         store = CheckpointStore(run)
         plan = _load_plan(run)
@@ -173,20 +182,20 @@ def fit(
         scheduler = create_scheduler(settings.network.prediction_type)
         trainer = _trainer(unet, settings, on_device)
         detector = Detector(unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device)
-        fixed = plan.steps if plan else steps
         done = store.latest_step()
-        estimate = _measure(trainer, detector, settings, images, split, time_budget, fixed, done, started)
+        estimate = _measure(trainer, detector, images, split, plan, steps, time_budget, done, started)
         if not plan:
             plan = Plan(
                 settings=settings.model_dump(mode="json"),
                 data=data_fingerprint,
                 shape=shape,
                 white=rule.white,
-                train=tuple(map(content_hash, split.train)),
-                select=tuple(map(content_hash, split.select)),
-                calibration=tuple(map(content_hash, split.calibration)),
+                train=tuple(split.hashes[path] for path in split.train),
+                select=tuple(split.hashes[path] for path in split.select),
+                calibration=tuple(split.hashes[path] for path in split.calibration),
                 budget=asked,
                 steps=estimate.steps,
+                adaptation_epochs=estimate.adaptation_epochs,
             )
             write_json(run / "run.json", asdict(plan))
         if done:
@@ -202,7 +211,7 @@ def fit(
         trainer.run(
             images,
             plan.steps,
-            held_out=_spread(select, HELD_OUT),
+            held_out=spread(select, HELD_OUT),
             store=store,
             on_progress=progress,
             on_resume=log.resume,
@@ -213,9 +222,11 @@ def fit(
                 f"Warning: training diverged. The held-out loss was {min(log.held_out):.4g} and is "
                 f"{log.held_out[-1]:.4g} at the end; this model is not to be trusted. Train again with another --seed."
             )
-        on_stage("Calibrating on good images that were not trained on.")
         with trainer.averaged():
-            detector.calibrate(_spread(select, MOST_SELECT), calibration)
+            passes = CheckpointStore(run / "adaptation")
+            adaptation = adapt_features(detector, images, select, plan.adaptation_epochs, passes, on_stage)
+            on_stage("Calibrating on good images that were not trained on.")
+            detector.calibrate(spread(select, MOST_SELECT), calibration)
             detector.record = {
                 "category": dataset.category,
                 "trained": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -226,6 +237,7 @@ def fit(
                     "calibration": plan.calibration,
                 },
                 "training": {"steps": plan.steps, "budget": plan.budget, **log.summary()},
+                "adaptation": adaptation,
             }
             detector.save_pretrained(out, card=model_card(detector), extra={"training.jsonl": log.path})
         shutil.rmtree(run)
@@ -235,49 +247,6 @@ def fit(
 def diverged(held_out_losses: Sequence[float]) -> bool:
     """Whether a run ended far above the best it had reached; falling rates let a sound run end near its best."""
     return bool(held_out_losses) and held_out_losses[-1] > 1.5 * min(held_out_losses)
-
-
-def model_card(detector: Detector) -> str:
-    """The model folder's README, from what was measured."""
-    settings, record = detector.settings, detector.record
-    data, training = record["data"], record["training"]
-    parts = f"{len(data['train'])} trained on, {len(data['select'])} for units, {len(data['calibration'])} to calibrate"
-    heads = ""
-    if settings.network.attention_heads:
-        heads = (
-            "\nThe U-Net uses the paper's number of attention heads, which `unet/config.json` cannot say: load it with "
-            "ddad, since plain diffusers would compute something else.\n"
-        )
-    assert detector.calibration is not None
-    return f"""---
-library_name: ddad
-tags: [anomaly-detection, diffusion, ddad]
----
-# Anomaly detector for {record["category"]}
-
-Trained on photographs of good parts only (preset `{settings.preset}`,
-{detector.shape[0]} x {detector.shape[1]} pixels). It rebuilds a photograph as it would look without a defect and shows
-the difference.
-
-| | |
-|---|---|
-| good images | {parts} |
-| data fingerprint | `{data["fingerprint"]}` |
-| training | {training["steps"]} steps, {training["seconds"]:.0f} s, held-out loss {training["held_out_loss"]} |
-| false alarms | {detector.calibration.promise()} |
-| features | {settings.scoring.features} |
-{heads}
-## Limits
-
-The promise holds for parts and photographs like the good ones it was calibrated on: same product, camera and light.
-Defects smaller than a few pixels at the model's size cannot be seen. Accuracy on defects is not known from good images:
-measure it with `ddad evaluate` on labelled ones.
-
-```python
-from ddad import Detector
-result = Detector.from_pretrained("this folder").predict("part.png")
-```
-"""
 
 
 def _trainer(unet: Any, settings: Settings, device: torch.device) -> Trainer:
@@ -294,51 +263,65 @@ def _trainer(unet: Any, settings: Settings, device: torch.device) -> Trainer:
 def _measure(
     trainer: Trainer,
     detector: Detector,
-    settings: Settings,
     images: ImageCache,
     split: Any,
-    time_budget: float | None,
+    plan: Plan | None,
     steps: int | None,
+    time_budget: float | None,
     done: int,
     started: float,
 ) -> Estimate:
-    """Time a few steps on a copy, and one inspection, so that the steps fit the budget and the estimate is true."""
+    """Time a few steps on copies, and one inspection, so that the work fits the budget and the estimate is true."""
+    settings = detector.settings
     scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
     patience = 5.0 if time_budget is None else min(10.0, time_budget / 20)
-    begin = time.monotonic()
-    scratch.step(images, 0, 1000)  # warm-up: first calls allocate and choose kernels
-    durations: list[float] = []
-    while not durations or (time.monotonic() - begin < patience and len(durations) < 20):
-        before = time.monotonic()
-        float(scratch.step(images, len(durations) + 1, 1000))
-        durations.append(time.monotonic() - before)
-    step_seconds = float(np.median(durations))
+    step_seconds = _median_seconds(lambda index: scratch.step(images, index, 1000), patience)
     trainer.plain_unet.eval()
     chunk = [images[i] for i in range(min(4, len(images)))]
-    detector.compare(chunk[:1])
-    before = time.monotonic()
-    detector.compare(chunk)
-    inspect_seconds = (time.monotonic() - before) / len(chunk)
-    trainer.plain_unet.train()
+    inspect_seconds = _median_seconds(lambda index: detector.compare(chunk), patience / 2) / len(chunk)
+
     # The held-out loss is measured ten times, at five timesteps an image.
     call_seconds = inspect_seconds / len(settings.sampling.timesteps)
     held_out = 10 * 5 * min(HELD_OUT, len(split.select)) * call_seconds
     calibrate_seconds = inspect_seconds * (min(MOST_SELECT, len(split.select)) + len(split.calibration))
-    if steps is None:
-        assert time_budget is not None
+
+    rebuilt_seconds = epoch_seconds = 0.0
+    epochs = settings.adaptation.epochs if can_adapt(settings.adaptation, len(split.train), len(split.select)) else 0
+    if epochs:
+        adapted = min(MOST_ADAPTED, len(split.train))
+        judged = min(MOST_JUDGED, len(split.select)) + DEFECTS if settings.adaptation.choose_epochs else 0
+        rebuilt_seconds = inspect_seconds * (adapted * (settings.adaptation.pairs != "different") + judged)
+        epoch_seconds = _adaptation_seconds(detector, chunk, patience / 2) * adapted
+        if settings.adaptation.pairs != "own":
+            epoch_seconds += inspect_seconds * adapted / (2 if settings.adaptation.pairs == "both" else 1)
+        reconstruction = to_unit(chunk, detector.device)
+        judge_seconds = _median_seconds(lambda index: detector.distances(chunk, reconstruction), patience / 5)
+        epoch_seconds += judged * judge_seconds / len(chunk)
+    trainer.plain_unet.train()
+
+    if plan:
+        steps, epochs = plan.steps, plan.adaptation_epochs
+    elif time_budget is not None:
         left = time_budget - (time.monotonic() - started) - calibrate_seconds - held_out
+        if epochs:
+            # Of `epochs` passes there are `epochs` + 1 judgements; the first costs less than a pass.
+            epochs = min(epochs, max(0, math.floor((ADAPTATION_SHARE * left - rebuilt_seconds) / epoch_seconds) - 1))
+        adapt_seconds = rebuilt_seconds + (epochs + 1) * epoch_seconds if epochs else 0.0
         # A tenth is kept back: the machine may slow down, and what is promised is the whole command.
-        steps = math.floor(0.9 * left / step_seconds)
+        steps = math.floor((0.9 * left - adapt_seconds) / step_seconds)
         if steps < FEWEST_STEPS:
-            needed = time_budget - left + FEWEST_STEPS * step_seconds / 0.9
+            needed = time_budget - left + (FEWEST_STEPS * step_seconds + adapt_seconds) / 0.9
             raise ConfigError(
                 f"Expected a time budget for at least {FEWEST_STEPS} training steps, found {time_budget:.0f} s, which "
                 f"allow {max(0, steps)}; give more than {math.ceil(needed)} s, and an hour for good results."
             )
+    assert steps is not None  # the caller has made sure: steps, or a budget
     return Estimate(
         steps=steps,
+        adaptation_epochs=epochs,
         images_per_second=settings.training.batch_size / step_seconds,
         train_seconds=(steps - done) * (step_seconds + held_out / steps),
+        adapt_seconds=rebuilt_seconds + (epochs + 1) * epoch_seconds if epochs else 0.0,
         calibrate_seconds=calibrate_seconds,
         memory_mb=psutil.Process().memory_info().rss / 1e6,
         parameters=parameter_count(trainer.plain_unet),
@@ -350,9 +333,27 @@ def _measure(
     )
 
 
-def _spread(images: ImageCache, count: int) -> list[np.ndarray]:
-    """At most `count` images, evenly spread over the cache."""
-    return [images[i * len(images) // min(count, len(images))] for i in range(min(count, len(images)))]
+def _adaptation_seconds(detector: Detector, chunk: Sequence[np.ndarray], patience: float) -> float:
+    """Of one image in one pass."""
+    settings = detector.settings.adaptation
+    batch = [chunk[i % len(chunk)] for i in range(settings.batch_size)]
+    adapter = Adapter(copy.deepcopy(detector.features), settings, detector.device)
+    target = to_unit(batch)
+    return _median_seconds(lambda index: adapter.step(target, target.flip(-1)), patience) / len(batch)
+
+
+def _median_seconds(action: Callable[[int], Any], patience: float) -> float:
+    """Of one call, from a few; the first, which allocates and chooses kernels, does not count."""
+    action(0)
+    durations: list[float] = []
+    begin = time.monotonic()
+    while not durations or (time.monotonic() - begin < patience and len(durations) < 20):
+        before = time.monotonic()
+        result = action(len(durations) + 1)
+        if isinstance(result, torch.Tensor):
+            float(result.sum())  # on a GPU: until it is done
+        durations.append(time.monotonic() - before)
+    return float(np.median(durations))
 
 
 class _Log:
@@ -447,7 +448,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 @contextmanager
-def _locked(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Iterator[None]:
     """One process at a time; the system drops the lock when the process ends, however it ends."""
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
 FORMATS = "PNG, JPEG, BMP, TIFF or WebP"
+CLASS_IDS = 32
+"""A mask whose largest whole number is below this holds ids of classes, not brightness."""
 
 # First bytes of a file and the Pillow class that reads it. The classes are called directly, because `Image.open`
 # compares with one limit for the whole process and merely warns up to twice that.
@@ -161,11 +163,12 @@ def _to_rgb(values: np.ndarray, size: tuple[int, int] | None, rule: ImageRule, n
 
 
 def read_mask(source: Source, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A defect mask as bool of shape (H, W): True where above half of the mask's own brightest value.
+    """A defect mask as bool of shape (H, W): True where it marks a defect; a black mask marks nothing.
 
-    So masks of 0 and 1 and masks of 0 and 255 mean the same, and a black mask marks nothing. With `size` (height,
-    width) the mask is resized with antialiasing, and a pixel at least half covered is True. Raises DataError like
-    `read_image`.
+    Whole numbers of which the largest is below `CLASS_IDS` are ids of defect classes, as in VisA: all but 0 mark. Other
+    masks are pictures, perhaps with soft edges: what is above half of their own brightest value marks. So masks of 0
+    and 1, of 0 and 255 and of 0, 1, 2, ... all mean what they look like. With `size` (height, width) the mask is
+    resized with antialiasing, and a pixel at least half covered is True. Raises DataError like `read_image`.
     """
     if isinstance(source, np.ndarray):
         values = _checked_array(source)
@@ -174,7 +177,9 @@ def read_mask(source: Source, size: tuple[int, int] | None = None, max_pixels: i
             values = _pixels(image)
     if values.ndim == 3:
         values = values[..., :3].max(axis=2)
-    mask = (values > values.max() / 2) & (values > 0)
+    brightest = values.max()
+    has_ids = values.dtype.kind != "f" and brightest < CLASS_IDS
+    mask = values > (0 if has_ids else max(0, brightest / 2))
     if size is not None:
         mask = _resize(mask.astype(np.float32), size) >= 0.5
     return mask

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddad import images
 from ddad.data.folder import scan
-from ddad.data.samples import Sample
+from ddad.data.samples import Dataset, Sample
 from ddad.detector import Detector, Prediction
 from ddad.errors import DataError
 from ddad.evaluation import Evaluation, Example, MeanImageBaseline, Row, evaluate
@@ -77,43 +77,53 @@ def write_report(evaluation: Evaluation, path: str | Path, *, title: str, limit:
 
 
 def evaluate_folder(
-    detector: Detector, data: str | Path, out: str | Path, *, batch_size: int = 4, workers: int = 1
+    detector: Detector, data: str | Path | Dataset, out: str | Path, *, batch_size: int = 4, workers: int = 1
 ) -> Evaluation:
-    """Inspect the test images of a folder in MVTec layout; write `metrics.json` and `report.html` to `out`.
+    """Inspect the test images of a folder in MVTec layout, or of a `Dataset`; write `metrics.json` and `report.html`.
 
     Raises:
         DataError: there are no test images, or a mask cannot be read. A test image that cannot be read is left out, and
             a note says so.
     """
-    dataset = scan(data)
+    dataset = data if isinstance(data, Dataset) else scan(data)
     if not dataset.test:
         raise DataError(
-            f"Expected labelled test images in {Path(data) / 'test'}, found none; "
+            f"Expected labelled test images in {dataset.root / 'test'}, found none; "
             "evaluation needs test/good and test/<defect> folders."
         )
     good = (read_image(sample.path, detector.shape, detector.image_rule) for sample in dataset.train)
     baseline = MeanImageBaseline().fit(good)
-    unreadable: list[str] = []
+    notes: list[str] = []
+    if detector.settings.scoring.fusion == "batch-max":
+        notes.append(
+            f"Scores depend on their batch of {batch_size} images, as published (batch-max fusion): for comparison "
+            "only, and without verdicts."
+        )
+    if said := detector.record.get("adaptation", {}).get("said"):
+        notes.append(said)
     evaluation = evaluate(
-        _inspect(detector, dataset.test, batch_size, workers, unreadable),
+        inspect(detector, dataset.test, batch_size, workers, notes),
         false_alarms=detector.calibration.promised_rate if detector.calibration else None,
         baseline=baseline,
         settings=detector.settings.model_dump(mode="json"),
+        crop=detector.settings.scoring.crop,
     )
-    evaluation = replace(evaluation, notes=(*evaluation.notes, *unreadable))
+    evaluation = replace(evaluation, notes=(*evaluation.notes, *notes))
     out = Path(out)
     evaluation.save(out / "metrics.json")
     write_report(evaluation, out / "report.html", title=f"{dataset.category}: inspection report")
     return evaluation
 
 
-def _inspect(
-    detector: Detector, samples: Sequence[Sample], batch_size: int, workers: int, unreadable: list[str]
+def inspect(
+    detector: Detector, samples: Sequence[Sample], batch_size: int, workers: int, notes: list[str]
 ) -> Iterator[tuple[Sample, Prediction]]:
-    results = detector.stream((sample.path for sample in samples), batch_size, workers)
+    """Predictions of labelled images, for `evaluate`; what cannot be read is left out and noted."""
+    batch_max = detector.settings.scoring.fusion == "batch-max"
+    results = detector.stream((sample.path for sample in samples), batch_size, workers, batch_max=batch_max)
     for sample, (_, result) in zip(samples, results, strict=True):
         if isinstance(result, DataError):
-            unreadable.append(f"Left out, since it cannot be read: {result}")
+            notes.append(f"Left out, since it cannot be read: {result}")
         else:
             yield sample, result
 

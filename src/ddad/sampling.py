@@ -18,6 +18,7 @@ a step from the prediction towards the photograph. So here: predict x̂₀, move
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,12 @@ Denoiser = Callable[[Tensor, int], Tensor]
 """(x_t, t) -> x̂₀."""
 Noise = Callable[[Tensor], Tensor]
 """A draw of N(0, I) in the shape of the argument; one generator per image keeps scores independent of the batch."""
+
+
+def to_unit(images: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (H, W, 3) images of one shape as one (B, 3, H, W) float tensor in [-1, 1]."""
+    batch = torch.from_numpy(np.stack(images)).to(device)
+    return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def condition(clean: Tensor, target: Tensor, alpha_cumprod: Tensor, conditioning_weight: float, clamp: bool) -> Tensor:
@@ -74,6 +81,7 @@ def reconstruct(
     eta: float = 0.0,
     noise: Noise | None = None,
     start_noise: bool = False,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The photograph as the denoiser would have it, (B, 3, H, W), nominally in [-1, 1].
 
@@ -85,13 +93,14 @@ def reconstruct(
         start_timestep: T', the noise level of the start; `timesteps[0]` in an aligned grid.
         noise: draws for the start and for eta > 0; required where either is used.
         start_noise: start from √ā y + √(1-ā) z as published, instead of the deterministic √ā y.
+        start: start from these photographs instead of `target`, (B, 3, H, W): the pairs of domain adaptation.
     """
     if noise is None:
         if start_noise or eta > 0:
             raise ValueError("a stochastic start or eta > 0 needs a source of noise")
         noise = torch.zeros_like
     alpha_start = alphas_cumprod[start_timestep]
-    sample = alpha_start.sqrt() * target
+    sample = alpha_start.sqrt() * (target if start is None else start)
     if start_noise:
         sample = sample + (1 - alpha_start).sqrt() * noise(target)
     one = torch.ones_like(alpha_start)

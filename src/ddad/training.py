@@ -21,6 +21,7 @@ from torch import Tensor
 from ddad.checkpoint import CheckpointStore
 from ddad.config import TrainingSettings
 from ddad.errors import ConfigError
+from ddad.sampling import to_unit
 from ddad.unet import clean_from, create_scheduler, predict, processor_computes_bf16, training_target
 
 Images = Sequence[np.ndarray]
@@ -42,12 +43,6 @@ class Progress:
     seconds: float
     """Seconds of training so far, earlier sittings included."""
     held_out_loss: float | None = None
-
-
-def to_unit(images: Images, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (H, W, 3) images as one (B, 3, H, W) float tensor in [-1, 1]."""
-    batch = torch.from_numpy(np.stack(images)).to(device)
-    return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def choose_precision(setting: str, device: torch.device) -> str:
@@ -164,6 +159,8 @@ class Trainer:
         self.max_timestep = max_timestep
         self.seed = seed
         self.plain_unet = unet
+        if device.type == "cuda":
+            unet.to(memory_format=torch.channels_last)
         unet.train()
         optimizer: torch.optim.Optimizer
         if settings.optimizer == "adam":  # coupled L2, as published
@@ -180,6 +177,8 @@ class Trainer:
                 fused=True,
             )
         self.unet, self.optimizer = self.accelerator.prepare(unet, optimizer)
+        if settings.compile:
+            self.unet = torch.compile(self.unet)
         self.device = self.accelerator.device
         self.alphas_cumprod = create_scheduler(prediction_type).alphas_cumprod.to(self.device)
         self.ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
@@ -238,7 +237,7 @@ class Trainer:
         on_resume(done)
         evaluate_every = evaluate_every or max(1, steps // 10)
         last_save = started = time.monotonic()
-        with _asked_to_stop() as asked:
+        with asked_to_stop() as asked:
             for index in range(done, steps):
                 loss = float(self.step(images, index, steps))
                 if not math.isfinite(loss):
@@ -323,7 +322,7 @@ class Trainer:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
     asked = False
     before: dict[int, Any] = {}

@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class Split:
     train: tuple[Path, ...]
     select: tuple[Path, ...]
     calibration: tuple[Path, ...]
+    hashes: dict[Path, str] = field(default_factory=dict, repr=False)
+    """Content hash of each of these images."""
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
@@ -86,7 +88,7 @@ def split_good(paths: Iterable[str | os.PathLike[str]], false_alarms: float) -> 
         by_hash.setdefault(content_hash(path), path)
     parts = split_hashes(list(by_hash), false_alarms)
     train, select, calibration = (tuple(by_hash[digest] for digest in part) for part in parts)
-    return Split(train, select, calibration)
+    return Split(train, select, calibration, {path: digest for digest, path in by_hash.items()})
 
 
 def split_hashes(hashes: Sequence[str], false_alarms: float) -> tuple[list[str], list[str], list[str]]:

@@ -1,0 +1,83 @@
+"""How well trained models find synthetic defects: to choose between them, or between settings, without a test label.
+
+    python benchmarks/synthetic.py DATA MODEL [MODEL ...] [--defects 160]
+
+Good images are those of each model's *select* split, which it was not trained on. Defects are painted on them once, at
+`--paint-size`, so that models of different sizes inspect the same defects. Statistics come from one half of these
+images and judge the other half, then the other way round. Prints the image AUROC of the pixel distance, of each feature
+layer and of all together; ± is its spread over resampled images.
+"""
+
+import argparse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddad.anomaly_map import fuse, image_score
+from ddad.calibration import map_scales, position_statistics
+from ddad.data.folder import scan
+from ddad.data.samples import content_hash, model_shape
+from ddad.data.synthetic import defect_set
+from ddad.detector import Detector
+from ddad.images import probe, read_image
+from ddad.metrics import image_metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--defects", type=int, default=160)
+    parser.add_argument("--paint-size", type=int, default=384)
+    options = parser.parse_args()
+
+    by_hash = {content_hash(sample.path): sample.path for sample in scan(options.data).train}
+    sizes = [(info.height, info.width) for info in map(probe, by_hash.values())]
+    print(f"{options.defects} defects, {torch.get_num_threads()} threads, {datetime.now(UTC):%F}")
+    print("| model | size | held-out loss | pixel | layers | all |")
+    print("|---|---|---|---|---|---|")
+    for name in options.models:
+        detector = Detector.from_pretrained(name)
+        paths = [by_hash[digest] for digest in detector.record["data"]["select"]]
+        shape = model_shape(sizes, options.paint_size)
+        good = [read_image(path, shape, detector.image_rule) for path in paths]
+        defects = defect_set(good, options.defects)
+        images = [read_image(image, detector.shape) for image in [*good, *(defect.image for defect in defects)]]
+        distances = torch.cat([detector.compare(images[i : i + 4])[0] for i in range(0, len(images), 4)])
+        halves = np.array([*range(len(good)), *(defect.source_index for defect in defects)]) % 2
+        labels = np.arange(len(images)) >= len(good)
+        kinds = distances.shape[1]
+        weightings = [tuple(float(j == k) for j in range(kinds)) for k in range(kinds)] + [detector.weights]
+        columns = [auroc_with_spread(labels, scores(distances, halves, len(good), w)) for w in weightings]
+        loss = detector.record["training"]["held_out_loss"]
+        size = "{} x {}".format(*detector.shape)
+        layers = ", ".join(columns[1:-1])
+        print(f"| {name} | {size} | {loss:.4f} | {columns[0]} | {layers} | {columns[-1]} |", flush=True)
+
+
+def scores(distances: Tensor, halves: np.ndarray, good: int, weights: Sequence[float]) -> np.ndarray:
+    """Image scores of (N, K, H, W) distances, each judged by the good images (the first ones) of the other half."""
+    result = np.empty(len(distances))
+    for half in (0, 1):
+        fitted = distances[:good][halves[:good] != half]
+        mean, spread = position_statistics(fitted)
+        scales = map_scales((fitted - mean) / spread, least=1.0)
+        judged = (distances[halves == half] - mean) / spread
+        result[halves == half] = image_score(fuse(judged.unbind(dim=1), scales, weights).clamp(min=0)).numpy()
+    return result
+
+
+def auroc_with_spread(labels: np.ndarray, values: np.ndarray, draws: int = 200) -> str:
+    rng = np.random.default_rng(0)
+    resampled = []
+    for _ in range(draws):
+        chosen = np.concatenate([rng.choice(np.flatnonzero(labels == side), (labels == side).sum()) for side in (0, 1)])
+        resampled.append(image_metrics(values[chosen], labels[chosen])["image_auroc"])
+    return f"{image_metrics(values, labels)['image_auroc']:.3f} ± {np.std(resampled):.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Parts of `ddad train` done again on a finished model: calibrate on other good images, adapt its features."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ddad.card import model_card
+from ddad.checkpoint import CheckpointStore
+from ddad.conformal import images_needed
+from ddad.data.folder import scan
+from ddad.data.samples import content_hash, fingerprint, split_hashes
+from ddad.detector import Detector
+from ddad.errors import ConfigError, DataError
+from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
+from ddad.tuning import adapt_features, can_adapt, spread
+
+FEWEST = 4
+"""Good images that were not trained on: two to give units, two to rank."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Good images by use, as paths and as content hashes."""
+
+    paths: dict[str, Path]
+    train: Sequence[str]
+    select: Sequence[str]
+    calibration: Sequence[str]
+
+    def cache(self, part: Sequence[str], detector: Detector, workers: int) -> ImageCache:
+        memory = psutil.virtual_memory().available * CACHE_SHARE / 3
+        return ImageCache([self.paths[one] for one in part], detector.shape, detector.image_rule, memory, workers)
+
+    def record(self) -> dict[str, Any]:
+        used = (*self.train, *self.select, *self.calibration)
+        parts = {"train": self.train, "select": self.select, "calibration": self.calibration}
+        return {"fingerprint": fingerprint(used), **parts}
+
+
+def recalibrate(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    false_alarms: float | None = None,
+    device: str | None = None,
+    workers: int = 2,
+) -> Detector:
+    """Give a model new units and a new threshold from good images.
+
+    Images the model was trained on are left out; those that gave units or ranks before keep their part.
+
+    Args:
+        model: a model folder.
+        data: a folder in MVTec layout, or a folder of good images.
+        out: where to; by default the model is replaced.
+        false_alarms: the rate to promise; by default the model's.
+
+    Raises:
+        DataError: too few good images that were not trained on.
+    """
+    detector = Detector.from_pretrained(model, device=device)
+    if false_alarms is not None:
+        detector.settings = detector.settings.model_copy(update={"false_alarms": false_alarms})
+    known = detector.record.get("data", {})
+    paths = _by_hash(data)
+    unseen = [one for one in paths if one not in set(known.get("train", ()))]
+    if len(unseen) < FEWEST:
+        raise DataError(
+            f"Expected at least {FEWEST} different good images that the model was not trained on in {data}, found "
+            f"{len(unseen)}; add photographs of good parts."
+        )
+    select, calibration = _halves(unseen, known, detector.settings.false_alarms)
+    parts = _Parts(paths, known.get("train", ()), select, calibration)
+    _calibrate(detector, parts, workers)
+    detector.save_pretrained(out or model, card=model_card(detector), extra=_log(Path(model)))
+    return detector
+
+
+def adapt(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    epochs: int | None = None,
+    device: str | None = None,
+    workers: int = 2,
+    on_stage: Callable[[str], None] = lambda sentence: None,
+) -> Detector:
+    """Adapt the features of a model to the product, where that helps, and calibrate it again.
+
+    Run again after a stop, the same call goes on after the last whole pass.
+
+    Args:
+        model: a model folder whose features are not adapted yet.
+        data: its good images: a folder in MVTec layout, or a folder of good images.
+        out: where to; by default the model is replaced.
+        epochs: passes at most; by default as many as the settings say.
+
+    Raises:
+        ConfigError: the features are adapted already, or no pass is wanted.
+        DataError: too few good images.
+        training.Interrupted: asked to stop.
+    """
+    out = Path(out or model)
+    detector = Detector.from_pretrained(model, device=device)
+    converted = detector.record.get("converted", {}).get("features", {})
+    if detector.record.get("adaptation", {}).get("epochs") or isinstance(converted.get("weights"), dict):
+        raise ConfigError(
+            f"Expected features that are not adapted yet in {model}, found adapted ones; train with --no-adapt first."
+        )
+    settings = detector.settings.adaptation
+    if epochs is not None:
+        settings = settings.model_copy(update={"epochs": epochs})
+        detector.settings = detector.settings.model_copy(update={"adaptation": settings})
+    if settings.epochs == 0:
+        raise ConfigError("Expected at least one pass over the good images, found 0; give --epochs.")
+    known = detector.record.get("data", {})
+    paths = _by_hash(data)
+    new = [one for one in paths if not any(one in known.get(part, ()) for part in ("train", "select", "calibration"))]
+    added = split_hashes(new, detector.settings.false_alarms) if len(new) >= FEWEST + 1 else ([], [], [])
+    train, select, calibration = (
+        sorted({*more, *(one for one in known.get(part, ()) if one in paths)})
+        for part, more in zip(("train", "select", "calibration"), added, strict=True)
+    )
+    if not can_adapt(settings, len(train), len(select)):
+        raise DataError(
+            f"Expected more good images in {data} to adapt on, found {len(train)} to train and {len(select)} to "
+            "select; add photographs of good parts."
+        )
+    parts = _Parts(paths, train, select, calibration)
+    run = out.with_name(out.name + ".run")
+    with locked(run):
+        images, others = parts.cache(train, detector, workers), parts.cache(select, detector, workers)
+        store = CheckpointStore(run / "adaptation")
+        detector.record["adaptation"] = adapt_features(detector, images, others, settings.epochs, store, on_stage)
+        on_stage("Calibrating on good images that were not trained on.")
+        _calibrate(detector, parts, workers)
+        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
+        shutil.rmtree(run)
+    return detector
+
+
+def _calibrate(detector: Detector, parts: _Parts, workers: int) -> None:
+    select = parts.cache(parts.select, detector, workers)
+    detector.calibrate(spread(select, MOST_SELECT), parts.cache(parts.calibration, detector, workers))
+    detector.record["data"] = parts.record()
+
+
+def _by_hash(data: str | Path) -> dict[str, Path]:
+    """Different good images by their content; of identical files the first by name."""
+    paths: dict[str, Path] = {}
+    for sample in scan(data).train:
+        paths.setdefault(content_hash(sample.path), sample.path)
+    return paths
+
+
+def _halves(hashes: Sequence[str], known: dict[str, Any], false_alarms: float) -> tuple[list[str], list[str]]:
+    """Select and calibration: as before where that is known; of new images the calibration gets half, or what the
+    promise needs where that leaves a fifth.
+    """
+    select = [one for one in hashes if one in known.get("select", ())]
+    calibration = [one for one in hashes if one in known.get("calibration", ())]
+    new = sorted(set(hashes) - {*select, *calibration})
+    wanted = max(len(new) // 2, images_needed(false_alarms) - len(calibration))
+    count = min(wanted, len(new) - max(2 - len(select), len(new) // 5, 0))
+    return [*select, *new[count:]], [*calibration, *new[:count]]
+
+
+def _log(model: Path) -> dict[str, Path]:
+    file = model / "training.jsonl"
+    return {file.name: file} if file.is_file() else {}

@@ -1,0 +1,147 @@
+"""Calibrating and adapting finished models. pytest tests/test_refit.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddad.config import make_settings
+from ddad.data.samples import content_hash
+from ddad.detector import Detector, read_record
+from ddad.errors import ConfigError, DataError
+from ddad.fit import fit
+from ddad.refit import FEWEST, adapt, recalibrate
+
+
+def write_photos(folder, seeds, level=120):
+    folder.mkdir(exist_ok=True)
+    for i in seeds:
+        pixels = np.clip(level + 15 * np.random.default_rng(i).standard_normal((32, 32, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("data") / "good", range(110))
+
+
+@pytest.fixture(scope="module")
+def model(photos, tmp_path_factory):
+    settings = make_settings(
+        "xs",
+        image_size=32,
+        false_alarms=0.1,
+        training={"batch_size": 2, "precision": "fp32"},
+        adaptation={"epochs": 0},
+    )
+    return fit(photos, tmp_path_factory.mktemp("models") / "model", settings, steps=2)
+
+
+def test_recalibrated_on_new_images(model, tmp_path):
+    new = write_photos(tmp_path / "new", range(500, 530), level=140)
+    detector = recalibrate(model, new, tmp_path / "again", false_alarms=0.2)
+    loaded = Detector.from_pretrained(tmp_path / "again")
+    assert loaded.calibration == detector.calibration != Detector.from_pretrained(model).calibration
+    assert loaded.settings.false_alarms == 0.2
+    record, before = read_record(tmp_path / "again"), read_record(model)
+    assert record["data"]["train"] == before["data"]["train"]
+    assert len(record["data"]["select"]) + len(record["data"]["calibration"]) == 30
+    scores = sorted(result.anomaly_score for result in loaded.predict(_paths(new, record["data"]["calibration"])))
+    np.testing.assert_allclose(scores, loaded.calibration.scores, rtol=1e-5)
+    assert (tmp_path / "again" / "training.jsonl").is_file()
+
+
+def _paths(folder, hashes):
+    return [path for path in folder.iterdir() if content_hash(path) in set(hashes)]
+
+
+def test_images_it_was_trained_on_are_left_out_and_the_others_keep_their_part(model, photos, tmp_path):
+    recalibrate(model, photos, tmp_path / "again")
+    before, after = read_record(model), read_record(tmp_path / "again")
+    for part in ("train", "select", "calibration"):
+        assert sorted(after["data"][part]) == sorted(before["data"][part])
+    np.testing.assert_allclose(after["calibration"]["scores"], before["calibration"]["scores"], rtol=1e-5)
+
+
+def test_too_few_new_images(model, photos, tmp_path):
+    record = read_record(model)
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    for path in _paths(photos, record["data"]["train"][:10] + record["data"]["select"][:1]):
+        (folder / path.name).write_bytes(path.read_bytes())
+    message = f"Expected at least {FEWEST} different good images that the model was not trained on in .*, found 1; add"
+    with pytest.raises(DataError, match=message):
+        recalibrate(model, folder)
+
+
+def test_adapting_a_finished_model(model, photos, tmp_path):
+    said = []
+    adapt(model, photos, tmp_path / "adapted", epochs=2, on_stage=said.append)
+    record = read_record(tmp_path / "adapted")
+    history = record["adaptation"]["history"]
+    assert [entry["epoch"] for entry in history] == [0, 1, 2]
+    assert all(0 < entry["synthetic_auroc"] < 1 for entry in history)
+    best = max(history, key=lambda entry: (entry["synthetic_auroc"], -entry["epoch"]))["epoch"]
+    assert record["adaptation"]["epochs"] == best
+    assert record["adaptation"]["said"] in said
+    assert record["adaptation"]["said"] in (tmp_path / "adapted" / "README.md").read_text()
+    same = _features(model).keys() == _features(tmp_path / "adapted").keys() and all(
+        np.array_equal(value.numpy(), _features(tmp_path / "adapted")[name].numpy())
+        for name, value in _features(model).items()
+    )
+    assert same is (best == 0)
+    assert not (tmp_path / "adapted.run").exists()
+
+
+def _features(folder):
+    return load_file(folder / "features" / "model.safetensors")
+
+
+def test_adaptation_killed_and_resumed_gives_the_same_features(model, photos, tmp_path):
+    script = tmp_path / "adapt.py"
+    script.write_text(
+        "import sys\n"
+        "from ddad.refit import adapt\n"
+        "adapt(sys.argv[1], sys.argv[2], sys.argv[3], epochs=3, on_stage=lambda s: print(s, flush=True))\n"
+    )
+
+    def command(out):
+        return [sys.executable, str(script), str(model), str(photos), str(out)]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(out), stdout=subprocess.PIPE, text=True)
+    while not list((tmp_path / "killed.run" / "adaptation").glob("step-*")) and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    again = subprocess.run(command(out), check=True, stdout=subprocess.PIPE, text=True)
+    assert "adaptation 0 of 3" not in again.stdout  # it went on, and did not begin again
+    assert "adaptation 3 of 3" in again.stdout
+    whole, killed = _features(tmp_path / "whole"), _features(out)
+    assert all(np.array_equal(whole[name].numpy(), killed[name].numpy()) for name in whole)
+    records = [json.loads((tmp_path / name / "detector.json").read_text()) for name in ("whole", "killed")]
+    assert records[0]["adaptation"] == records[1]["adaptation"]
+    assert records[0]["calibration"] == records[1]["calibration"]
+
+
+def test_what_cannot_be_adapted_is_refused(model, photos, tmp_path):
+    with pytest.raises(ConfigError, match="Expected at least one pass over the good images, found 0; give --epochs"):
+        adapt(model, photos, tmp_path / "adapted")  # this model's settings want none
+    few = write_photos(tmp_path / "few", range(700, 706))
+    with pytest.raises(DataError, match=r"Expected more good images in .* to adapt on, found"):
+        adapt(model, few, tmp_path / "adapted", epochs=1)
+    detector = Detector.from_pretrained(model)
+    detector.record["adaptation"] = {"epochs": 2, "said": "adapted"}
+    detector.save_pretrained(tmp_path / "adapted already")
+    with pytest.raises(ConfigError, match=r"Expected features that are not adapted yet in .*, found adapted ones"):
+        adapt(tmp_path / "adapted already", photos, epochs=1)
