@@ -16,6 +16,7 @@ from ddad.cli import app
 from ddad.config import make_settings
 from ddad.detector import Detector
 from ddad.features import create_features
+from ddad.results import write_results
 from ddad.unet import create_scheduler
 
 SHAPE = (64, 64)
@@ -96,6 +97,20 @@ def test_predict_writes_rows_and_pictures(ideal, data, tmp_path):
         assert left < 36 < right
         assert top < 15 + 5 * i < bottom
     assert len({row["files"]["heatmap"] for row in rows if row["files"]}) == 13
+
+
+def test_a_file_that_vanishes_on_the_way_does_not_end_the_run(ideal, data, tmp_path):
+    paths = []
+    for i in range(3):
+        paths.append(tmp_path / f"{i}.png")
+        shutil.copy(data / "test/good/000.png", paths[-1])
+    rows = []
+    for row in write_results(ideal, paths, tmp_path / "out", batch_size=3):
+        rows.append(row)
+        paths[1].unlink(missing_ok=True)  # inspected already, but not drawn yet
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert "1.png" in rows[1]["error"]
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_good_part_does_not_glow(ideal, data, tmp_path):
@@ -244,3 +259,61 @@ def test_our_bugs_keep_their_traceback(monkeypatch):
 
 def test_version():
     assert re.fullmatch(r"ddad \d+\.\d+\.\d+\n", ddad("--version").stdout)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "model"
+    done = ddad(
+        "train", data, "--out", out, "--image-size", "32", "--steps", "2", "--false-alarms", "30%", "--no-adapt"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The features are not adapted: the settings say so." in done.stdout
+    return out
+
+
+def test_recalibrate_says_what_it_can_promise(trained, tmp_path):
+    new = tmp_path / "new"
+    new.mkdir()
+    for i in range(12):
+        Image.fromarray(pixels(900 + i)).save(new / f"{i}.png")
+    result = run("recalibrate", trained, new, "--out", tmp_path / "model", "--false-alarms", "20%")
+    assert result.exit_code == 0, result.output
+    assert "6 good calibration images: about 14 % of good parts are flagged in the long run." in result.output
+    assert f"Model written to {tmp_path / 'model'}." in result.output
+    shown = run("info", tmp_path / "model").output
+    assert "+ 6 + 6 (train + select + calibration)" in shown
+
+
+def test_too_few_images_to_adapt_on_is_one_sentence(trained, data, tmp_path):
+    result = ddad("adapt", trained, data, "--out", tmp_path / "model", "--epochs", "1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: Expected more good images in ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_convert_refuses_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "weights").write_text("nothing of the kind")
+    result = ddad("convert", tmp_path / "weights", "--out", tmp_path / "model")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: Expected a state dict, as torch.save writes it, in ")
+    assert not (tmp_path / "model").exists()
+
+
+def test_benchmark_of_one_category_with_its_ablation(data, tmp_path):
+    out = tmp_path / "out"
+    options = ("--dataset", "folder", "--seeds", "1", "--steps", "2", "--image-size", "32", "--out", out)
+    result = ddad("benchmark", data, *options, "--ablate", "--ablate-images", "4")
+    assert result.returncode == 0, result.stderr
+    assert "| plate |" in result.stdout
+    assert "| eta = 0 |" in result.stdout
+    assert (out / "xs" / "plate" / "seed-0" / "ablations.json").is_file()
+    again = ddad("benchmark", data, *options)
+    assert "1 trainings, 1 of them done before." in again.stdout
+
+
+def test_benchmark_of_something_else(tmp_path):
+    result = ddad("benchmark", tmp_path, "--dataset", "visa", "--out", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1

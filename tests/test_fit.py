@@ -137,6 +137,26 @@ def test_scores_of_calibration_are_those_of_use(photos, tmp_path):
     assert all(0 <= score < 100 for score in scores)
 
 
+def test_features_are_adapted_within_training(tmp_path):
+    photos = tmp_path / "good"
+    photos.mkdir()
+    for i in range(90):
+        pixels = np.clip(120 + 15 * np.random.default_rng(i).standard_normal((32, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(photos / f"{i:02d}.png")
+    said = []
+    out = fit(photos, tmp_path / "model", tiny(adaptation={"epochs": 1}), steps=2, on_stage=said.append)
+    adaptation = read_record(out)["adaptation"]
+    assert [entry["epoch"] for entry in adaptation["history"]] == [0, 1]
+    assert adaptation["said"] in said
+    assert adaptation["said"] in (out / "README.md").read_text()
+    # The detector in use is the one that was judged: calibration scores are those of its features.
+    detector = Detector.from_pretrained(out, device="cpu")
+    by_hash = {content_hash(path): path for path in photos.iterdir()}
+    calibration = [by_hash[digest] for digest in detector.record["data"]["calibration"]]
+    scores = sorted(result.anomaly_score for result in detector.predict(calibration))
+    np.testing.assert_allclose(scores, detector.calibration.scores, rtol=1e-5)
+
+
 def test_a_finished_run_is_not_repeated(photos, tmp_path):
     out = fit(photos, tmp_path / "model", tiny(), steps=2)
     before = (out / "detector.json").stat().st_mtime_ns

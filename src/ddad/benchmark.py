@@ -111,7 +111,7 @@ class BenchmarkReport:
     trained: int
     skipped: int
     """Trainings done before."""
-    models: dict[Path, Dataset] = field(default_factory=dict)
+    models: dict[Path, Dataset] = field(default_factory=dict, compare=False)
     """The model folder of seed 0 of each category that has one, and its data."""
     seconds_left: float | None = None
     """After a dry run: how long the call would take here."""

@@ -45,7 +45,10 @@ def write_results(
             assert isinstance(path, Path)
             row = to_row(path, result)
             if isinstance(result, Prediction):
-                row["files"] = _write_pictures(detector, path, result, out, names.unique(path))
+                try:
+                    row["files"] = _write_pictures(detector, path, result, out, names.unique(path))
+                except DataError as error:  # gone, or replaced, since it was inspected
+                    row = to_row(path, error)
             results.write(json.dumps(row, ensure_ascii=False) + "\n")
             results.flush()
             yield row
