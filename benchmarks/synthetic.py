@@ -9,21 +9,17 @@ layer and of all together; ± is its spread over resampled images.
 """
 
 import argparse
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ddad.anomaly_map import fuse, image_score
-from ddad.calibration import map_scales, position_statistics
 from ddad.data.folder import scan
 from ddad.data.samples import content_hash, model_shape
-from ddad.data.synthetic import defect_set
 from ddad.detector import Detector
 from ddad.images import probe, read_image
 from ddad.metrics import image_metrics
+from ddad.tuning import SyntheticTest, paint_halves
 
 
 def main() -> None:
@@ -44,30 +40,20 @@ def main() -> None:
         paths = [by_hash[digest] for digest in detector.record["data"]["select"]]
         shape = model_shape(sizes, options.paint_size)
         good = [read_image(path, shape, detector.image_rule) for path in paths]
-        defects = defect_set(good, options.defects)
-        images = [read_image(image, detector.shape) for image in [*good, *(defect.image for defect in defects)]]
-        distances = torch.cat([detector.compare(images[i : i + 4])[0] for i in range(0, len(images), 4)])
-        halves = np.array([*range(len(good)), *(defect.source_index for defect in defects)]) % 2
-        labels = np.arange(len(images)) >= len(good)
+        painted = paint_halves(good, options.defects, seed=0)
+        test = SyntheticTest(
+            detector,
+            [read_image(image, detector.shape) for image in good],
+            [defect._replace(image=read_image(defect.image, detector.shape)) for defect in painted],
+        )
+        distances = test.distances()
         kinds = distances.shape[1]
         weightings = [tuple(float(j == k) for j in range(kinds)) for k in range(kinds)] + [detector.weights]
-        columns = [auroc_with_spread(labels, scores(distances, halves, len(good), w)) for w in weightings]
+        columns = [auroc_with_spread(test.labels, test.scores(distances, weights)) for weights in weightings]
         loss = detector.record["training"]["held_out_loss"]
         size = "{} x {}".format(*detector.shape)
         layers = ", ".join(columns[1:-1])
         print(f"| {name} | {size} | {loss:.4f} | {columns[0]} | {layers} | {columns[-1]} |", flush=True)
-
-
-def scores(distances: Tensor, halves: np.ndarray, good: int, weights: Sequence[float]) -> np.ndarray:
-    """Image scores of (N, K, H, W) distances, each judged by the good images (the first ones) of the other half."""
-    result = np.empty(len(distances))
-    for half in (0, 1):
-        fitted = distances[:good][halves[:good] != half]
-        mean, spread = position_statistics(fitted)
-        scales = map_scales((fitted - mean) / spread, least=1.0)
-        judged = (distances[halves == half] - mean) / spread
-        result[halves == half] = image_score(fuse(judged.unbind(dim=1), scales, weights).clamp(min=0)).numpy()
-    return result
 
 
 def auroc_with_spread(labels: np.ndarray, values: np.ndarray, draws: int = 200) -> str:

@@ -145,6 +145,16 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+def test_a_checkpoint_of_another_adaptation_is_not_taken_over(tmp_path):
+    store = CheckpointStore(tmp_path)
+    adapt(create_features("efficientnet-lite2", (2, 3)), 2, store, learning_rate=1e-2)
+    _, expected = adapt(create_features("efficientnet-lite2", (2, 3)), 1)
+    history, weights = adapt(create_features("efficientnet-lite2", (2, 3)), 1, store)
+    assert [entry.epoch for entry in history] == [0, 1]
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert store.latest_step() == 1
+
+
 @pytest.mark.parametrize(("aurocs", "chosen"), [((0.5, 0.6, 0.9, 0.7), 2), ((0.5, 0.4, 0.5, 0.3), 0)])
 def test_the_pass_that_finds_synthetic_defects_best_is_kept(features, aurocs, chosen):
     original = {name: value.clone() for name, value in features.backbone.state_dict().items()}

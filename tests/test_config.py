@@ -24,7 +24,7 @@ def test_the_published_preset_is_as_published():
     assert paper.scoring.features == "wide_resnet101_2.tv_in1k"
     assert paper.square
     assert paper.scoring.position == "none"
-    assert (paper.scoring.fusion, paper.scoring.crop) == ("batch-max", 224)
+    assert (paper.scoring.fusion, paper.scoring.crop) == ("batch-max", 0.875)
     assert (paper.scoring.pool_padding, paper.scoring.align_corners) == ("zero", True)
     assert (paper.scoring.smoothing, paper.scoring.layer_weights) == (4.0, (1.0, 1.0))
     adaptation = paper.adaptation

@@ -258,7 +258,7 @@ def test_outside_the_centre_nothing_counts(features):
     image[:8, :8] = 255
     whole = detector.predict(image)
     assert np.unravel_index(whole.anomaly_map.argmax(), SHAPE) < (12, 12)
-    detector.settings = make_settings("xs", network={"prediction_type": "epsilon"}, scoring={"crop": 32})
+    detector.settings = make_settings("xs", network={"prediction_type": "epsilon"}, scoring={"crop": 0.5})
     cropped = detector.predict(image)
     np.testing.assert_array_equal(cropped.anomaly_map[16:48, 16:48], whole.anomaly_map[16:48, 16:48])
     assert cropped.anomaly_map.sum() == pytest.approx(whole.anomaly_map[16:48, 16:48].sum())

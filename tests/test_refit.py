@@ -71,6 +71,25 @@ def test_images_it_was_trained_on_are_left_out_and_the_others_keep_their_part(mo
     np.testing.assert_allclose(after["calibration"]["scores"], before["calibration"]["scores"], rtol=1e-5)
 
 
+def test_what_a_choice_was_made_on_never_ranks(model, photos, tmp_path):
+    """Select images of a first calibration come back after a second one, on other images."""
+    write_photos(tmp_path / "new", range(500, 530))
+    recalibrate(model, tmp_path / "new", tmp_path / "second")
+    recalibrate(tmp_path / "second", photos, tmp_path / "third")
+    assert not set(read_record(model)["data"]["select"]) & set(read_record(tmp_path / "third")["data"]["calibration"])
+
+
+def test_only_images_that_ranked_before(model, photos, tmp_path):
+    folder = tmp_path / "ranked"
+    folder.mkdir()
+    for path in _paths(photos, read_record(model)["data"]["calibration"][:6]):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(
+        DataError, match=r"Expected at least 2 good images in .* to give units and 1 to rank, found 0 a"
+    ):
+        recalibrate(model, folder)
+
+
 def test_too_few_new_images(model, photos, tmp_path):
     record = read_record(model)
     folder = tmp_path / "seen"
@@ -98,7 +117,7 @@ def test_adapting_a_finished_model(model, photos, tmp_path):
         for name, value in _features(model).items()
     )
     assert same is (best == 0)
-    assert not (tmp_path / "adapted.run").exists()
+    assert not (tmp_path / "adapted.adapt").exists()
 
 
 def _features(folder):
@@ -119,7 +138,7 @@ def test_adaptation_killed_and_resumed_gives_the_same_features(model, photos, tm
     subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
     out = tmp_path / "killed"
     process = subprocess.Popen(command(out), stdout=subprocess.PIPE, text=True)
-    while not list((tmp_path / "killed.run" / "adaptation").glob("step-*")) and process.poll() is None:
+    while not list((tmp_path / "killed.adapt" / "adaptation").glob("step-*")) and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

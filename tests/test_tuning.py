@@ -9,7 +9,7 @@ from ddad.checkpoint import CheckpointStore
 from ddad.config import make_settings
 from ddad.detector import Detector
 from ddad.features import create_features
-from ddad.tuning import SyntheticTest, adapt_features, spread
+from ddad.tuning import SyntheticTest, adapt_features, paint_halves, spread
 from ddad.unet import create_scheduler
 
 SHAPE = (64, 64)
@@ -25,7 +25,8 @@ def test_set():
     settings = make_settings("xs", network={"prediction_type": "epsilon"})
     features = create_features("efficientnet-lite2", (2, 3))
     detector = Detector(GaussianUNet(0.0, 0.03), create_scheduler("epsilon"), features, settings, SHAPE, device="cpu")
-    return SyntheticTest(detector, [photo(i) for i in range(10)], 24)
+    good = [photo(i) for i in range(10)]
+    return SyntheticTest(detector, good, paint_halves(good, 24, seed=0))
 
 
 def test_an_ideal_denoiser_finds_most_synthetic_defects(test_set):

@@ -14,7 +14,6 @@ them; `cli` is the command line. A module imports only modules above it. Names b
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from ddad.fit import fit
     from ddad.report import write_report
 
-__version__ = version("ddad")
+__version__ = "0.1.0"
 
 _HOME = {
     "Calibration": "calibration",

@@ -5,6 +5,7 @@ the last one has all of ours. Test labels measure here and choose nothing.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddad.config import PRESETS, Settings
+from ddad.config import PRESETS, Settings, parse_settings
 from ddad.data.folder import scan
 from ddad.data.samples import Dataset, Sample, content_hash
 from ddad.detector import Detector
@@ -41,7 +42,7 @@ class Variant:
     ours: bool = False
 
 
-_PIXEL = {"layer_weights": (0.0, 0.0), "fusion": "good-images"}  # one distance alone needs no common unit
+_PIXEL = {"layer_weights": 0.0, "fusion": "good-images"}  # one distance alone needs no common unit
 _FEATURES = {"pixel_weight": 0.0, "fusion": "good-images"}
 
 VARIANTS = (
@@ -63,7 +64,7 @@ VARIANTS = (
     Variant("start without noise, eta = 0", {"start_noise": "none", "eta": 0.0}),
     Variant("eta = 0", {"eta": 0.0}),
     Variant("λ ≤ 1", {"clamp": True}),
-    Variant("one time grid", {"aligned": True, "start_timestep": 225}),
+    Variant("one time grid (T' = 225, n = 9)", {"aligned": True, "start_timestep": 225}),
     Variant("level matched", {"match_level": True}),
     Variant("all of ours, not adapted", adapted=False, ours=True),
     Variant("all of ours", ours=True),
@@ -94,8 +95,14 @@ def run_ablation(
     Raises:
         ConfigError: the network was not trained for the timesteps of a variant.
         DataError: there are no test images, or the good ones are not those of the model.
+
+    Run again after a stop, the same call goes on after the last whole row.
     """
     trained = Detector.from_pretrained(model, device=device)
+    if trained.settings.preset in ("paper", "paper-s"):
+        variants = [variant for variant in variants if not variant.ours]  # its own settings are the published ones
+    if "training" not in trained.record:
+        raise DataError(f"Expected a model that ddad trained in {model}, found a converted one; train one.")
     dataset = data if isinstance(data, Dataset) else scan(data)
     if not dataset.test:
         raise DataError(f"Expected labelled test images in {dataset.root}, found none; an ablation needs them.")
@@ -117,12 +124,28 @@ def run_ablation(
     extractors = {True: trained.features, False: create_features(name, layers, trained.shape)}
     passes = trained.record.get("adaptation", {}).get("epochs", 0)
 
-    rows: list[dict[str, Any]] = []
+    counts = {label: sum(sample.is_anomalous is label for sample in samples) for label in (False, True)}
+    title = (
+        f"{dataset.category}, one network (preset {trained.settings.preset}, {trained.shape[0]} x {trained.shape[1]}, "
+        f"{trained.record['training']['steps']} steps, features adapted in {passes} passes), {counts[False]} good and "
+        f"{counts[True]} defective test images."
+    )
+    identity = {
+        "title": title,
+        "trained": trained.record["trained"],
+        "settings": trained.settings.model_dump(mode="json"),
+    }
+    path = Path(out) / "ablations.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows: list[dict[str, Any]] = before["rows"] if before.get("identity") == identity else []
+    done = {row["variant"] for row in rows}
     memory: dict[bytes, Tensor] = {}
     key = None
     # Variants that rebuild alike follow each other, so that each reconstruction is made once.
     ordered = sorted(variants, key=lambda variant: repr(settings_of(variant, trained.settings).sampling))
     for number, variant in enumerate(ordered, start=1):
+        if variant.name in done:
+            continue
         if not passes and variant.adapted and (twin := _twin(variant, variants)):
             on_stage(f"{number} of {len(ordered)}: {variant.name}: left out, the same as {twin.name!r} here.")
             continue
@@ -137,16 +160,11 @@ def run_ablation(
             inspect(detector, samples, BATCH_SIZE, workers, notes), crop=settings.scoring.crop, max_examples=0
         )
         rows.append({"variant": variant.name, **{metric: evaluation.metrics[metric] for metric in METRICS}})
+        write_json(path, {"identity": identity, "rows": rows})
         on_stage(f"{number} of {len(ordered)}: {variant.name}: image AUROC {_number(rows[-1]['image_auroc'])}.")
     rows.sort(key=lambda row: [variant.name for variant in variants].index(row["variant"]))
-    counts = {label: sum(sample.is_anomalous is label for sample in samples) for label in (False, True)}
-    title = (
-        f"{dataset.category}, one network (preset {trained.settings.preset}, {trained.shape[0]} x {trained.shape[1]}, "
-        f"{trained.record['training']['steps']} steps, features adapted in {passes} passes), {counts[False]} good and "
-        f"{counts[True]} defective test images."
-    )
     table = _markdown(title, rows)
-    write_json(Path(out) / "ablations.json", {"title": title, "settings": trained.record["training"], "rows": rows})
+    write_json(path, {"identity": identity, "rows": rows})
     write_text(Path(out) / "ablations.md", table)
     return table
 
@@ -166,7 +184,9 @@ def settings_of(variant: Variant, trained: Settings) -> Settings:
     values = trained.model_dump()
     values["sampling"] |= sampling
     values["scoring"] |= scoring
-    settings = Settings.model_validate(values)
+    if values["scoring"]["layer_weights"] == 0:
+        values["scoring"]["layer_weights"] = tuple(0.0 for _ in trained.scoring.feature_layers)
+    settings = parse_settings(values)
     if max(settings.sampling.timesteps) >= trained.max_timestep:
         raise ConfigError(
             f"Expected a network trained up to timestep {max(settings.sampling.timesteps)} for {variant.name!r}, found "

@@ -11,6 +11,7 @@ default y's own.
 """
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,6 +69,14 @@ class Pairs:
         self._own: list[Tensor] = []
         if settings.pairs != "different":
             self._own = list(reconstruct_all(detector, images))
+
+    def identity(self) -> str:
+        """One hash of what the pairs are made of, the network included."""
+        digest = hashlib.sha256(f"{self._settings.model_dump_json(exclude={'epochs'})} {self._seed}".encode())
+        for image in self._images:
+            digest.update(image.tobytes())
+        digest.update(self._detector.reconstruct([self._images[0]]).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(y, x₀) of one pass, (B, 3, H, W) each, on the CPU."""
@@ -166,9 +175,12 @@ class Adapter:
         Raises:
             Interrupted: SIGINT or SIGTERM came; what was done before this pass is saved.
         """
-        history = self._resume(store)
+        identity = pairs.identity()
+        history = self._resume(store, identity)
         with asked_to_stop() as asked:
             if not history:
+                if store:
+                    store.clear()
                 history.append(Epoch(0, None, self._judged(judge)))
                 self._best = _copied(self.features.backbone)
                 on_epoch(history[0])
@@ -185,7 +197,10 @@ class Adapter:
                     self._best = _copied(self.features.backbone)
                 on_epoch(history[-1])
                 if store:
-                    store.save(epoch, self._tensors(), {"history": [vars(entry) for entry in history]})
+                    state = {"identity": identity, "history": [vars(entry) for entry in history]}
+                    store.save(epoch, self._tensors(), state)
+                if asked():
+                    raise Interrupted(f"adaptation pass {epoch} of {epochs}")
         self.features.backbone.load_state_dict(self._best)
         self.features.backbone.requires_grad_(False)
         self.features.eval()
@@ -203,9 +218,9 @@ class Adapter:
             "optimizer": {f"{index}/{key}": value for index, values in state.items() for key, value in values.items()},
         }
 
-    def _resume(self, store: CheckpointStore | None) -> list[Epoch]:
+    def _resume(self, store: CheckpointStore | None, identity: str) -> list[Epoch]:
         latest = store.load_latest() if store else None
-        if latest is None:
+        if latest is None or latest[1]["identity"] != identity:  # none, or left behind by another adaptation
             return []
         tensors, state = latest
         self.features.backbone.load_state_dict(tensors["features"])

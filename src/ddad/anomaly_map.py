@@ -45,8 +45,8 @@ def feature_distance(
     align_corners: bool = False,
 ) -> Tensor:
     """1 - cosine of one layer's features after 3 x 3 mean pooling, (B, C, h, w) twice -> (B, H, W) in [0, 2]."""
-    pooled = (pool(features, zero_padding) for features in (target, reconstruction))
-    distance = 1 - functional.cosine_similarity(*pooled, dim=1)
+    one, other = pool(target, zero_padding), pool(reconstruction, zero_padding)
+    distance = 1 - functional.cosine_similarity(one, other, dim=1)
     return functional.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
@@ -83,9 +83,9 @@ def fuse_batch_max(distances: Sequence[Tensor], weights: Sequence[float]) -> Ten
     return features + pixel_weight * features.max() / pixel.max().clamp(min=1e-12) * pixel
 
 
-def centre(height: int, width: int, crop: int | None) -> tuple[slice, slice]:
-    """Rows and columns of the centre square of `crop` pixels; all of them where it is None or larger."""
-    rows, columns = (max(0, (length - crop) // 2) if crop else 0 for length in (height, width))
+def centre(height: int, width: int, crop: float | None) -> tuple[slice, slice]:
+    """Rows and columns of the centre, `crop` of each side; all of them where it is None."""
+    rows, columns = (round(length * (1 - crop) / 2) if crop else 0 for length in (height, width))
     return slice(rows, height - rows), slice(columns, width - columns)
 
 

@@ -30,8 +30,6 @@ from ddad.training import Interrupted, Progress
 from ddad.unet import choose_device
 
 PAPER_PRESETS = ("paper", "paper-s")
-PAPER_BATCH = 16
-"""Images inspected together by presets whose scores depend on their batch; ours do not."""
 FORMAT_VERSION = 1
 
 
@@ -193,7 +191,7 @@ def run_benchmark(
     on_stage(f"{TITLES[dataset]}: {len(trainings)} trainings, {skipped} of them done before.")
     if dry_run:
         seconds = _seconds_left(waiting, device, workers, on_stage) if waiting else 0.0
-        return BenchmarkReport("", {}, 0, skipped, seconds)
+        return BenchmarkReport("", {}, 0, skipped, seconds_left=seconds)
 
     write_json(variant / "benchmark.json", asked)
     failures: dict[str, str] = {}
@@ -231,8 +229,8 @@ class _Training:
     settings: Settings
     steps: int | None
     time_budget: float | None
-    batch_size: int
-    """Images inspected together."""
+    batch_size: int | None
+    """Images inspected together, where the authors say so."""
 
     @property
     def name(self) -> str:
@@ -268,7 +266,7 @@ def _training(
     published: bool,
 ) -> _Training:
     settings = base.model_copy(update={"seed": seed})
-    batch_size = PAPER_BATCH if base.preset in PAPER_PRESETS else 4
+    batch_size = None
     if published:
         authors = published_settings(dataset, category)
         settings, batch_size = authors.apply(settings), authors.test_batch_size
@@ -400,7 +398,7 @@ def _seconds_left(
     def stop(estimate: Estimate) -> None:
         raise _Measured(estimate)
 
-    first = waiting[0]
+    first = max(waiting, key=lambda one: one.settings.adaptation.epochs)  # the first one of equals
     on_stage(f"Measuring on {first.name}.")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -429,7 +427,8 @@ def _seconds_left(
         assert one.steps is not None
         images = len(one.data.train) / len(first.data.train)
         train_seconds += estimate.train_seconds * one.steps / estimate.steps
-        train_seconds += images * (start_seconds + estimate.adapt_seconds + estimate.calibrate_seconds)
+        passes = one.settings.adaptation.epochs / max(1, first.settings.adaptation.epochs)
+        train_seconds += images * (start_seconds + passes * estimate.adapt_seconds + estimate.calibrate_seconds)
     total = train_seconds + judge_seconds
     on_stage(
         f"{len(waiting)} trainings would take about {duration(total)} on this machine: {duration(train_seconds)} to "

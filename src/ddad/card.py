@@ -14,6 +14,10 @@ The promise holds for parts and photographs like the good ones it was calibrated
 Defects smaller than a few pixels at the model's size cannot be seen. Accuracy on defects is not known from good images:
 measure it with `ddad evaluate` on labelled ones.
 """
+CONVERTED = """
+Which photographs the network was trained on is not recorded in the checkpoint. The promise holds only if none of them
+served to calibrate.
+"""
 UNCALIBRATED = """
 ## Limits
 
@@ -57,11 +61,12 @@ def model_card(detector: Detector) -> str:
             "\nThe U-Net uses the paper's number of attention heads, which `unet/config.json` cannot say: load it with "
             "ddad, since plain diffusers would compute something else.\n"
         )
+    limits = UNCALIBRATED if calibration is None else LIMITS + CONVERTED if converted else LIMITS
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return (
         f"{FRONT}# Anomaly detector for {record.get('category') or 'a product that was not named'}\n\n"
         f"{made}. It rebuilds a photograph as it would look without a defect and shows the difference.\n\n"
-        f"| | |\n|---|---|\n{table}{heads}{LIMITS if calibration else UNCALIBRATED}{USE}"
+        f"| | |\n|---|---|\n{table}{heads}{limits}{USE}"
     )
 
 

@@ -60,5 +60,10 @@ class CheckpointStore:
         finished = self._finished()
         return int(finished[-1].name.removeprefix("step-")) if finished else 0
 
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for folder in self._finished():
+            shutil.rmtree(folder)
+
     def _finished(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))

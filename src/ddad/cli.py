@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddad import __version__
+from ddad.config import IMAGE_SIZE
 from ddad.errors import ConfigError, DataError, DDADError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _common(
 def check(
     data: Data,
     false_alarms: FalseAlarms = 0.01,
-    image_size: ImageSize = 256,
+    image_size: ImageSize = IMAGE_SIZE,
     as_json: AsJson = False,
 ) -> None:
     """Say what is wrong with a folder of images, and how to mend it."""
@@ -218,7 +219,9 @@ def evaluate(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder for metrics.json and report.html.")],
-    batch_size: BatchSize = 4,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images inspected together; only scores as published depend on it.")
+    ] = None,
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
@@ -287,7 +290,10 @@ def convert(
     from ddad.integrations.authors import convert_checkpoint
 
     convert_checkpoint(checkpoint, out, features=extractor, features_name=features, category=category)
-    print(f"Model written to {out}. It gives scores, but no verdict until: ddad recalibrate {out} GOOD_FOLDER")
+    print(
+        f"Model written to {out}. It gives scores, but no verdict until it has seen good images that it was not "
+        f"trained on: ddad recalibrate {out} GOOD_FOLDER"
+    )
 
 
 @app.command()
@@ -343,8 +349,8 @@ def benchmark(
         for folder, data in report.models.items() if ablate else ():
             from ddad.ablation import run_ablation
 
-            printer.say(
-                run_ablation(
+            try:
+                table = run_ablation(
                     folder,
                     data,
                     folder.parent,
@@ -353,7 +359,9 @@ def benchmark(
                     workers=workers,
                     on_stage=printer.say,
                 )
-            )
+            except DDADError as error:  # the other categories go on
+                report.failures[f"ablation of {data.category}"] = table = str(error)
+            printer.say(table)
     if report.failures:
         raise typer.Exit(1)
 

@@ -12,6 +12,8 @@ from ddad.errors import ConfigError
 
 Preset = Literal["xs", "s", "base", "paper", "paper-s"]
 DEFAULT_FEATURES = "efficientnet-lite2"
+IMAGE_SIZE = 128
+"""Of the preset for CPUs."""
 
 
 class _Frozen(BaseModel):
@@ -83,8 +85,8 @@ class ScoringSettings(_Frozen):
     """How feature distances are resized to the image; as published: True."""
     fusion: Literal["good-images", "batch-max"] = "good-images"
     """Units of the distances: what good images show, or (as published, in evaluation only) maxima over the batch."""
-    crop: Annotated[int, Field(ge=1)] | None = None
-    """Pixels of the centre square outside which nothing counts; as published: 224 of 256."""
+    crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each side, in the centre, outside which nothing counts; as published: 224 of 256 pixels."""
 
     @model_validator(mode="after")
     def _one_weight_a_layer(self) -> "ScoringSettings":
@@ -147,7 +149,8 @@ class Settings(_Frozen):
     """Everything that decides what a trained model computes."""
 
     preset: Preset = "xs"
-    image_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 256
+    image_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = IMAGE_SIZE
+    """Height and width are about this. A size twice as large needs four times the training (docs/log.md)."""
     seed: Annotated[int, Field(ge=0)] = 0
     false_alarms: Annotated[float, Field(gt=0, lt=1)] = 0.01
     square: bool = False
@@ -166,6 +169,7 @@ class Settings(_Frozen):
 
 
 _PAPER: dict[str, Any] = {
+    "image_size": 256,
     "square": True,
     "sampling": {
         "start_timestep": 250,
@@ -184,7 +188,7 @@ _PAPER: dict[str, Any] = {
         "pool_padding": "zero",
         "align_corners": True,
         "fusion": "batch-max",
-        "crop": 224,
+        "crop": 224 / 256,
     },
     "adaptation": {
         "epochs": 3,
@@ -210,8 +214,8 @@ _PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours: small enough for a CPU; see docs/log.md for how each value was chosen.
     "xs": {},
-    "s": {"network": {"architecture": "s"}, "training": {"learning_rate": 3e-4}},
-    "base": {"network": {"architecture": "base"}, "training": {"learning_rate": 3e-4}},
+    "s": {"image_size": 256, "network": {"architecture": "s"}, "training": {"learning_rate": 3e-4}},
+    "base": {"image_size": 256, "network": {"architecture": "base"}, "training": {"learning_rate": 3e-4}},
     # As published: DDAD and DDAD-S.
     "paper": {
         **_PAPER,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddad import __version__
 from ddad.anomaly_map import (
     Region,
     centre,
@@ -52,7 +53,7 @@ from ddad.unet import choose_device, clean_from, predict, set_attention_heads
 FORMAT_VERSION = 1
 RECORD = "detector.json"
 STATISTICS = "statistics.safetensors"
-PACKAGES = ("ddad", "torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
+PACKAGES = ("torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 
 
@@ -219,7 +220,7 @@ class Detector:
     def _only_centre(self, maps: Tensor) -> Tensor:
         if self.settings.scoring.crop is None:
             return maps
-        rows, columns = centre(*self.shape, self.settings.scoring.crop)
+        rows, columns = centre(self.shape[0], self.shape[1], self.settings.scoring.crop)
         kept = torch.zeros_like(maps)
         kept[..., rows, columns] = maps[..., rows, columns]
         return kept
@@ -326,7 +327,8 @@ class Detector:
         reconstructions = self.reconstruct(images)
         distances = self.distances(images, reconstructions)
         if batch_max:
-            maps = self._only_centre(self.smooth(fuse_batch_max(distances.unbind(dim=1), self.weights)))
+            # A cosine may be above 1 by rounding.
+            maps = self._only_centre(self.smooth(fuse_batch_max(distances.unbind(dim=1), self.weights)).clamp(min=0))
         else:
             maps = self.fuse(self.smooth(distances))
         scores = image_score(maps).tolist()
@@ -368,8 +370,7 @@ class Detector:
             ConfigError: the folder is there and holds something else.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / RECORD).is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise ConfigError(f"Expected a new or empty folder, or an older model, found other files in {folder}.")
+        check_place(folder)
         with atomic_folder(folder) as temporary:
             self.unet.save_pretrained(temporary / "unet")
             self.scheduler.save_pretrained(temporary / "scheduler")
@@ -450,9 +451,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def check_place(folder: Path) -> None:
+    """Raises ConfigError where a model cannot be written to `folder` without replacing something else."""
+    if folder.exists() and not (folder / RECORD).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(f"Expected a new or empty folder, or an older model, found other files in {folder}.")
+
+
 def package_versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), "ddad": __version__, **packages}
 
 
 def _generator(image: np.ndarray) -> torch.Generator:

@@ -191,7 +191,7 @@ def evaluate(
     seconds: float | None = None,
     max_examples: int = 200,
     exact_limit: int = EXACT_LIMIT,
-    crop: int | None = None,
+    crop: float | None = None,
 ) -> Evaluation:
     """Compare predictions with the labels and masks of the test images.
 
@@ -205,7 +205,7 @@ def evaluate(
         max_examples: number of images kept as pictures: the worst false alarms, the worst misses and an even spread
             over the kinds. The choice does not depend on the order of the stream.
         exact_limit: pixels for which pixel metrics are exact; a histogram with a note beyond.
-        crop: pixels of the centre square that the pixel metrics see; None: all. As published: 224 of 256.
+        crop: share of each side, in the centre, that the pixel metrics see; None: all. As published: 224 / 256.
 
     Returns:
         The evaluation. What cannot be computed is None and has an entry in `notes`.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,12 @@ class Plan:
     """Content hashes of the three parts."""
     budget: dict[str, float | None]
     """What was asked: steps, or seconds."""
-    steps: int
-    adaptation_epochs: int
+    estimate: dict[str, Any]
+    """What was measured before the first step, with the number of steps and passes that followed from it."""
+
+    @property
+    def steps(self) -> int:
+        return self.estimate["steps"]
 
 
 @dataclass(frozen=True)
@@ -183,8 +187,12 @@ def fit(
         trainer = _trainer(unet, settings, on_device)
         detector = Detector(unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device)
         done = store.latest_step()
-        estimate = _measure(trainer, detector, images, split, plan, steps, time_budget, done, started)
-        if not plan:
+        if plan:
+            estimate = Estimate(**{**plan.estimate, "shape": shape})
+            left = 1 - done / estimate.steps
+            estimate = replace(estimate, train_seconds=left * estimate.train_seconds)
+        else:
+            estimate = _measure(trainer, detector, images, split, steps, time_budget, started)
             plan = Plan(
                 settings=settings.model_dump(mode="json"),
                 data=data_fingerprint,
@@ -194,8 +202,7 @@ def fit(
                 select=tuple(split.hashes[path] for path in split.select),
                 calibration=tuple(split.hashes[path] for path in split.calibration),
                 budget=asked,
-                steps=estimate.steps,
-                adaptation_epochs=estimate.adaptation_epochs,
+                estimate=asdict(estimate),
             )
             write_json(run / "run.json", asdict(plan))
         if done:
@@ -224,7 +231,7 @@ def fit(
             )
         with trainer.averaged():
             passes = CheckpointStore(run / "adaptation")
-            adaptation = adapt_features(detector, images, select, plan.adaptation_epochs, passes, on_stage)
+            adaptation = adapt_features(detector, images, select, estimate.adaptation_epochs, passes, on_stage)
             on_stage("Calibrating on good images that were not trained on.")
             detector.calibrate(spread(select, MOST_SELECT), calibration)
             detector.record = {
@@ -265,10 +272,8 @@ def _measure(
     detector: Detector,
     images: ImageCache,
     split: Any,
-    plan: Plan | None,
     steps: int | None,
     time_budget: float | None,
-    done: int,
     started: float,
 ) -> Estimate:
     """Time a few steps on copies, and one inspection, so that the work fits the budget and the estimate is true."""
@@ -288,7 +293,7 @@ def _measure(
     rebuilt_seconds = epoch_seconds = 0.0
     epochs = settings.adaptation.epochs if can_adapt(settings.adaptation, len(split.train), len(split.select)) else 0
     if epochs:
-        adapted = min(MOST_ADAPTED, len(split.train))
+        adapted = min(MOST_ADAPTED, len(split.train)) if settings.adaptation.choose_epochs else len(split.train)
         judged = min(MOST_JUDGED, len(split.select)) + DEFECTS if settings.adaptation.choose_epochs else 0
         rebuilt_seconds = inspect_seconds * (adapted * (settings.adaptation.pairs != "different") + judged)
         epoch_seconds = _adaptation_seconds(detector, chunk, patience / 2) * adapted
@@ -299,11 +304,9 @@ def _measure(
         epoch_seconds += judged * judge_seconds / len(chunk)
     trainer.plain_unet.train()
 
-    if plan:
-        steps, epochs = plan.steps, plan.adaptation_epochs
-    elif time_budget is not None:
+    if time_budget is not None:
         left = time_budget - (time.monotonic() - started) - calibrate_seconds - held_out
-        if epochs:
+        if epochs and settings.adaptation.choose_epochs:
             # Of `epochs` passes there are `epochs` + 1 judgements; the first costs less than a pass.
             epochs = min(epochs, max(0, math.floor((ADAPTATION_SHARE * left - rebuilt_seconds) / epoch_seconds) - 1))
         adapt_seconds = rebuilt_seconds + (epochs + 1) * epoch_seconds if epochs else 0.0
@@ -320,7 +323,7 @@ def _measure(
         steps=steps,
         adaptation_epochs=epochs,
         images_per_second=settings.training.batch_size / step_seconds,
-        train_seconds=(steps - done) * (step_seconds + held_out / steps),
+        train_seconds=steps * step_seconds + held_out,
         adapt_seconds=rebuilt_seconds + (epochs + 1) * epoch_seconds if epochs else 0.0,
         calibrate_seconds=calibrate_seconds,
         memory_mb=psutil.Process().memory_info().rss / 1e6,
@@ -402,8 +405,14 @@ def _load_plan(run: Path) -> Plan | None:
     path = run / "run.json"
     if not path.exists():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Plan(**{**values, "shape": tuple(values["shape"])})
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Plan(**{**values, "shape": tuple(values["shape"])})
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(
+            f"Expected a run of this version of ddad in {run}, found another one's; delete that folder, or choose "
+            "another --out."
+        ) from None
 
 
 def _check_same(plan: Plan, settings: Settings, data: str, asked: dict[str, float | None], run: Path) -> None:

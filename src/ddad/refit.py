@@ -13,7 +13,7 @@ from ddad.checkpoint import CheckpointStore
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
 from ddad.data.samples import content_hash, fingerprint, split_hashes
-from ddad.detector import Detector
+from ddad.detector import Detector, check_place
 from ddad.errors import ConfigError, DataError
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
 from ddad.tuning import adapt_features, can_adapt, spread
@@ -35,10 +35,20 @@ class _Parts:
         memory = psutil.virtual_memory().available * CACHE_SHARE / 3
         return ImageCache([self.paths[one] for one in part], detector.shape, detector.image_rule, memory, workers)
 
-    def record(self) -> dict[str, Any]:
+    def check(self, data: str | Path) -> None:
+        """Raises DataError where there is nothing to give units, or nothing to rank."""
+        if len(self.select) < 2 or not self.calibration:
+            raise DataError(
+                f"Expected at least 2 good images in {data} to give units and 1 to rank, found {len(self.select)} and "
+                f"{len(self.calibration)} that serve; add photographs of good parts."
+            )
+
+    def record(self, known: dict[str, Any]) -> dict[str, Any]:
         used = (*self.train, *self.select, *self.calibration)
         parts = {"train": self.train, "select": self.select, "calibration": self.calibration}
-        return {"fingerprint": fingerprint(used), **parts}
+        # What a choice was made on must never rank scores later.
+        former = {*known.get("select", ()), *known.get("former_select", ())} - set(self.select)
+        return {"fingerprint": fingerprint(used), **parts, "former_select": sorted(former)}
 
 
 def recalibrate(
@@ -76,6 +86,8 @@ def recalibrate(
         )
     select, calibration = _halves(unseen, known, detector.settings.false_alarms)
     parts = _Parts(paths, known.get("train", ()), select, calibration)
+    parts.check(data)
+    check_place(Path(out or model))
     _calibrate(detector, parts, workers)
     detector.save_pretrained(out or model, card=model_card(detector), extra=_log(Path(model)))
     return detector
@@ -133,7 +145,9 @@ def adapt(
             "select; add photographs of good parts."
         )
     parts = _Parts(paths, train, select, calibration)
-    run = out.with_name(out.name + ".run")
+    parts.check(data)
+    check_place(out)
+    run = out.with_name(out.name + ".adapt")
     with locked(run):
         images, others = parts.cache(train, detector, workers), parts.cache(select, detector, workers)
         store = CheckpointStore(run / "adaptation")
@@ -148,7 +162,7 @@ def adapt(
 def _calibrate(detector: Detector, parts: _Parts, workers: int) -> None:
     select = parts.cache(parts.select, detector, workers)
     detector.calibrate(spread(select, MOST_SELECT), parts.cache(parts.calibration, detector, workers))
-    detector.record["data"] = parts.record()
+    detector.record["data"] = parts.record(detector.record.get("data", {}))
 
 
 def _by_hash(data: str | Path) -> dict[str, Path]:
@@ -163,7 +177,7 @@ def _halves(hashes: Sequence[str], known: dict[str, Any], false_alarms: float) -
     """Select and calibration: as before where that is known; of new images the calibration gets half, or what the
     promise needs where that leaves a fifth.
     """
-    select = [one for one in hashes if one in known.get("select", ())]
+    select = [one for one in hashes if one in {*known.get("select", ()), *known.get("former_select", ())}]
     calibration = [one for one in hashes if one in known.get("calibration", ())]
     new = sorted(set(hashes) - {*select, *calibration})
     wanted = max(len(new) // 2, images_needed(false_alarms) - len(calibration))

@@ -38,6 +38,7 @@ METRIC_NAMES = {
 }
 WORST = 6  # images in each of the two lists of mistakes
 BINS = 40
+PAPER_BATCH = 16
 
 
 def write_report(evaluation: Evaluation, path: str | Path, *, title: str, limit: float | None = None) -> None:
@@ -77,9 +78,12 @@ def write_report(evaluation: Evaluation, path: str | Path, *, title: str, limit:
 
 
 def evaluate_folder(
-    detector: Detector, data: str | Path | Dataset, out: str | Path, *, batch_size: int = 4, workers: int = 1
+    detector: Detector, data: str | Path | Dataset, out: str | Path, *, batch_size: int | None = None, workers: int = 1
 ) -> Evaluation:
     """Inspect the test images of a folder in MVTec layout, or of a `Dataset`; write `metrics.json` and `report.html`.
+
+    Args:
+        batch_size: images inspected together; by default 4, or, where scores depend on it, the paper's 16.
 
     Raises:
         DataError: there are no test images, or a mask cannot be read. A test image that cannot be read is left out, and
@@ -94,7 +98,10 @@ def evaluate_folder(
     good = (read_image(sample.path, detector.shape, detector.image_rule) for sample in dataset.train)
     baseline = MeanImageBaseline().fit(good)
     notes: list[str] = []
-    if detector.settings.scoring.fusion == "batch-max":
+    batch_max = detector.settings.scoring.fusion == "batch-max"
+    if batch_size is None:
+        batch_size = PAPER_BATCH if batch_max else 4
+    if batch_max:
         notes.append(
             f"Scores depend on their batch of {batch_size} images, as published (batch-max fusion): for comparison "
             "only, and without verdicts."

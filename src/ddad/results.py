@@ -77,7 +77,9 @@ def _write_pictures(detector: Detector, path: Path, prediction: Prediction, out:
     def resize(array: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))
 
-    limit = prediction.threshold or 1.0  # without calibration: what a good part's peak typically is
+    limit = prediction.threshold or 1.0  # 1 is what a good part's peak typically is
+    if detector.calibration is None:  # no unit: each picture on a scale of its own
+        limit = max(float(np.quantile(prediction.anomaly_map, 0.95)), 1e-6)
     anomaly_map = resize(prediction.anomaly_map)
     pictures = {
         "heatmap": heatmap(anomaly_map, limit),

@@ -178,6 +178,7 @@ class Trainer:
             )
         self.unet, self.optimizer = self.accelerator.prepare(unet, optimizer)
         if settings.compile:
+            torch._dynamo.config.suppress_errors = True  # what cannot be compiled is computed as it is
             self.unet = torch.compile(self.unet)
         self.device = self.accelerator.device
         self.alphas_cumprod = create_scheduler(prediction_type).alphas_cumprod.to(self.device)
@@ -263,7 +264,7 @@ class Trainer:
                 if store and (asked() or finished == steps or now - last_save > save_every_seconds):
                     store.save(finished, self._tensors(), {"seconds": seconds + time.monotonic() - started})
                     last_save = time.monotonic()
-                if asked() and finished < steps:
+                if asked():
                     raise Interrupted(f"step {finished} of {steps}")
 
     def held_out_loss(self, images: Images) -> float:

@@ -12,12 +12,12 @@ from ddad.anomaly_map import fuse, image_score, standardise
 from ddad.calibration import map_scales, position_statistics
 from ddad.checkpoint import CheckpointStore
 from ddad.config import AdaptationSettings
-from ddad.data.synthetic import defect_set
+from ddad.data.synthetic import SyntheticDefect, defect_set
 from ddad.detector import Detector
 from ddad.metrics import image_metrics
 
 MOST_ADAPTED = 512
-"""Good images whose reconstructions adapt the features."""
+"""Good images that adapt the features, where the number of passes is chosen; as published: all."""
 FEWEST_ADAPTED = 32
 """Fewer, or fewer than `FEWEST_JUDGED` to judge by, and the features stay as they are."""
 MOST_JUDGED, FEWEST_JUDGED = 128, 8
@@ -33,13 +33,12 @@ class SyntheticTest:
     the defects painted on it, then the other way round: nothing is judged by what it was fitted on.
     """
 
-    def __init__(self, detector: Detector, good: Sequence[np.ndarray], defects: int, seed: int = 0) -> None:
+    def __init__(self, detector: Detector, good: Sequence[np.ndarray], painted: Sequence[SyntheticDefect]) -> None:
         """
         Args:
             good: at least two images, uint8, model shape.
-            defects: how many to paint.
+            painted: defects on them, of `paint_halves`.
         """
-        painted = defect_set(good, defects, seed)
         self.detector = detector
         self.images = [*good, *(defect.image for defect in painted)]
         self.labels = np.arange(len(self.images)) >= len(good)
@@ -73,6 +72,15 @@ class SyntheticTest:
         return image_metrics(self.scores(self.distances(), self.detector.weights), self.labels)["image_auroc"]
 
 
+def paint_halves(good: Sequence[np.ndarray], count: int, seed: int) -> list[SyntheticDefect]:
+    """About `count` defects on good images; none carries texture from an image of the other half."""
+    painted = []
+    for half in (0, 1):
+        for defect in defect_set(good[half::2], count // 2, seed + half):
+            painted.append(defect._replace(source_index=2 * defect.source_index + half))
+    return painted
+
+
 def adapt_features(
     detector: Detector,
     images: Sequence[np.ndarray],
@@ -97,8 +105,10 @@ def adapt_features(
     on_stage("Rebuilding good images to adapt the features on.")
     test = None
     if settings.choose_epochs:
-        test = SyntheticTest(detector, spread(select, MOST_JUDGED), DEFECTS, detector.settings.seed)
-    pairs = Pairs(detector, spread(images, MOST_ADAPTED), settings, detector.settings.seed)
+        good = spread(select, MOST_JUDGED)
+        test = SyntheticTest(detector, good, paint_halves(good, DEFECTS, detector.settings.seed))
+        images = spread(images, MOST_ADAPTED)
+    pairs = Pairs(detector, images, settings, detector.settings.seed)
 
     def tell(entry: Epoch) -> None:
         loss = "" if entry.loss is None else f", loss {entry.loss:.4f}"
@@ -112,14 +122,14 @@ def adapt_features(
     )
     chosen = best_epoch(history)
     if test is None:
-        said = f"The features are adapted in {chosen} passes."
+        said = f"The features are adapted in {chosen} passes over {len(images)} good images."
     elif chosen == 0:
         said = f"The features are not adapted: no pass of {epochs} found synthetic defects better."
     else:
         before, after = history[0].synthetic_auroc, history[chosen].synthetic_auroc
         said = (
-            f"The features are adapted in {chosen} of {epochs} passes: image AUROC on synthetic defects "
-            f"{before:.3f} before, {after:.3f} after."
+            f"The features are adapted in {chosen} of {epochs} passes over {len(images)} good images: image AUROC on "
+            f"synthetic defects {before:.3f} before, {after:.3f} after."
         )
     on_stage(said)
     return {"epochs": chosen, "said": said, "history": [vars(entry) for entry in history]}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ddad.config import IMAGE_SIZE
 from ddad.conformal import images_needed, promised_rate
 from ddad.data.folder import list_kinds, masks_by_image, scan
 from ddad.data.samples import GOOD, SHAPE_MULTIPLE, Dataset, content_hash, model_shape, split_hashes
@@ -72,7 +73,7 @@ class _Looked:
     error: str = ""
 
 
-def check(root: str | os.PathLike[str], false_alarms: float = 0.01, image_size: int = 256) -> CheckReport:
+def check(root: str | os.PathLike[str], false_alarms: float = 0.01, image_size: int = IMAGE_SIZE) -> CheckReport:
     """Decode every image and mask under root and list what is wrong, what to do, and what training would use.
 
     false_alarms: the rate of false alarms wanted, in (0, 1). image_size: see `model_shape`. A folder that cannot be
