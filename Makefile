@@ -18,8 +18,9 @@ $(INSTALLED): pyproject.toml constraints/pins.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints/pins.txt --editable '.[dev]'
 	touch $(INSTALLED)
 
+# Two processes of one thread each: most tests are too small to share a core's work.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

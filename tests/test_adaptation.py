@@ -170,5 +170,12 @@ def test_the_pass_that_finds_synthetic_defects_best_is_kept(features, aurocs, ch
     assert all(torch.equal(weights[name], original[name]) for name in weights) is (chosen == 0)
 
 
+def test_passes_end_where_they_no_longer_help(features):
+    aurocs = iter([0.5, 0.6, 0.55, 0.4, 0.3, 0.9])
+    history, _ = adapt(features, 20, judge=lambda: next(aurocs))
+    assert [entry.epoch for entry in history] == [0, 1, 2, 3, 4]
+    assert best_epoch(history) == 1
+
+
 def test_without_a_judge_the_last_pass_is_kept():
     assert best_epoch([Epoch(0, None, None), Epoch(1, 0.3, None), Epoch(2, 0.4, None)]) == 2

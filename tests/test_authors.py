@@ -236,7 +236,8 @@ def test_the_model_folder_says_where_it_comes_from(converted):
     assert record["converted"]["features"] == {"backbone": OFFLINE, "weights": "pretrained"}
     card = (model / "README.md").read_text()
     assert "# Anomaly detector for tile" in card
-    assert f"| features | {OFFLINE}, pretrained; not adapted to the product |" in card
+    assert f"| features | {OFFLINE} |" in card
+    assert "| features' weights | pretrained |" in card
     assert "| false alarms | not calibrated |" in card
 
 
@@ -294,7 +295,8 @@ def test_original_and_converted_features_agree(weights, tmp_path):
 
     identity = {"file": "feat8", "sha256": content_hash(file)}
     assert read_record(model)["converted"]["features"] == {"backbone": "resnet18", "weights": identity}
-    assert f"| features | resnet18, adapted: `feat8` (`{identity['sha256']}`) |" in (model / "README.md").read_text()
+    card = (model / "README.md").read_text()
+    assert f"| features' weights | adapted, `feat8 (SHA-256 {identity['sha256']})` |" in card
 
 
 def test_the_published_backbone_has_the_same_names_and_shapes_in_timm():

@@ -278,7 +278,7 @@ def test_a_dry_run_measures_and_writes_nothing(root, tmp_path):
 
 def test_a_dry_run_leaves_out_what_is_done(root, whole):
     report = run_benchmark(root, "folder", whole, seeds=2, **OPTIONS, dry_run=True)
-    assert report == BenchmarkReport("", {}, 0, 4, 0.0)
+    assert report == BenchmarkReport("", {}, 0, 4, seconds_left=0.0)
 
 
 ESTIMATE = Estimate(

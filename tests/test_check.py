@@ -209,7 +209,7 @@ def test_settings_that_cannot_work_raise(root):
 
 @pytest.mark.skipif(not MTD.is_dir(), reason="the magnetic-tile data set is not here")
 def test_real_tiles():
-    report = check(MTD)
+    report = check(MTD, image_size=256)
     assert report.can_train
     assert report.split["calibration"] >= 99
     assert report.shape == (288, 224)

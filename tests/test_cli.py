@@ -300,6 +300,7 @@ def test_convert_refuses_what_is_no_checkpoint(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_benchmark_of_one_category_with_its_ablation(data, tmp_path):
     out = tmp_path / "out"
     options = ("--dataset", "folder", "--seeds", "1", "--steps", "2", "--image-size", "32", "--out", out)

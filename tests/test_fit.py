@@ -137,7 +137,8 @@ def test_scores_of_calibration_are_those_of_use(photos, tmp_path):
     assert all(0 <= score < 100 for score in scores)
 
 
-def test_features_are_adapted_within_training(tmp_path):
+def test_features_are_adapted_within_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddad.tuning.DEFECTS", 12)
     photos = tmp_path / "good"
     photos.mkdir()
     for i in range(90):

@@ -40,6 +40,7 @@ def test_the_whole_script_in_small_and_in_two_calls(tmp_path):
     assert results["base/training"]["training"]["steps"] == 3
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_real_run_is_refused(tmp_path):
     import torch
 

@@ -45,6 +45,11 @@ def model(photos, tmp_path_factory):
     return fit(photos, tmp_path_factory.mktemp("models") / "model", settings, steps=2)
 
 
+@pytest.fixture
+def few_defects(monkeypatch):
+    monkeypatch.setattr("ddad.tuning.DEFECTS", 12)
+
+
 def test_recalibrated_on_new_images(model, tmp_path):
     new = write_photos(tmp_path / "new", range(500, 530), level=140)
     detector = recalibrate(model, new, tmp_path / "again", false_alarms=0.2)
@@ -101,7 +106,7 @@ def test_too_few_new_images(model, photos, tmp_path):
         recalibrate(model, folder)
 
 
-def test_adapting_a_finished_model(model, photos, tmp_path):
+def test_adapting_a_finished_model(few_defects, model, photos, tmp_path):
     said = []
     adapt(model, photos, tmp_path / "adapted", epochs=2, on_stage=said.append)
     record = read_record(tmp_path / "adapted")
@@ -128,7 +133,9 @@ def test_adaptation_killed_and_resumed_gives_the_same_features(model, photos, tm
     script = tmp_path / "adapt.py"
     script.write_text(
         "import sys\n"
+        "from ddad import tuning\n"
         "from ddad.refit import adapt\n"
+        "tuning.DEFECTS = 12\n"
         "adapt(sys.argv[1], sys.argv[2], sys.argv[3], epochs=3, on_stage=lambda s: print(s, flush=True))\n"
     )
 

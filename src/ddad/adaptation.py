@@ -29,6 +29,8 @@ from ddad.training import Images, Interrupted, asked_to_stop, step_generator
 
 Similarity = Literal["position", "flat"]
 RECONSTRUCTION_BATCH = 4
+PATIENCE = 3
+"""Judged passes without a better one, after which there are no more."""
 
 
 def cosine_distance(one: Tensor, other: Tensor, similarity: Similarity) -> Tensor:
@@ -185,6 +187,8 @@ class Adapter:
                 self._best = _copied(self.features.backbone)
                 on_epoch(history[0])
             for epoch in range(len(history), epochs + 1):
+                if judge and len(history) > best_epoch(history) + PATIENCE:
+                    break
                 # Dropout and the like, where a backbone has them, draw from the global generator.
                 torch.manual_seed(int(step_generator(seed, epoch).initial_seed()))
                 losses = []

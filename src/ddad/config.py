@@ -102,7 +102,7 @@ class TrainingSettings(_Frozen):
     """How the denoiser is trained."""
 
     batch_size: Annotated[int, Field(ge=1)] = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 8e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1.6e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     optimizer: Literal["adamw", "adam"] = "adamw"

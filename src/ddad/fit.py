@@ -279,7 +279,7 @@ def _measure(
     """Time a few steps on copies, and one inspection, so that the work fits the budget and the estimate is true."""
     settings = detector.settings
     scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
-    patience = 5.0 if time_budget is None else min(10.0, time_budget / 20)
+    patience = 2.0 if time_budget is None else min(10.0, time_budget / 20)
     step_seconds = _median_seconds(lambda index: scratch.step(images, index, 1000), patience)
     trainer.plain_unet.eval()
     chunk = [images[i] for i in range(min(4, len(images)))]

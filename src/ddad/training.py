@@ -234,6 +234,7 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
             ConfigError: the loss is no longer finite.
         """
+        self.plain_unet.train()  # a detector that shares it has set it to evaluation
         done, seconds = self._resume(store)
         on_resume(done)
         evaluate_every = evaluate_every or max(1, steps // 10)
