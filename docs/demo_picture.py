@@ -26,7 +26,7 @@ def main(demo: Path, out: Path) -> None:
         rows.append([np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.BICUBIC)) for picture in pictures])
     # Two images a line, so that the picture stays low.
     lines = [np.hstack([padded(picture) for row in rows[i : i + 2] for picture in row]) for i in range(0, len(rows), 2)]
-    Image.fromarray(np.vstack(lines)).save(out, optimize=True)
+    Image.fromarray(np.vstack(lines)).quantize(256).save(out, optimize=True)
 
 
 def padded(picture: np.ndarray) -> np.ndarray:

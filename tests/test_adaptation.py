@@ -101,7 +101,8 @@ def blurred(target):
 
 def test_adapted_features_find_reconstructions_more_alike_and_stay_near_the_original(features):
     target = to_unit([photo(i) for i in range(8)])
-    adapter = Adapter(features, AdaptationSettings(), torch.device("cpu"))
+    settings = AdaptationSettings(learning_rate=1e-4, distillation_weight=0.1)
+    adapter = Adapter(features, settings, torch.device("cpu"))
 
     def apart(extractor):
         with torch.no_grad():

@@ -30,6 +30,7 @@ def test_the_published_preset_is_as_published():
     adaptation = paper.adaptation
     assert (adaptation.pairs, adaptation.similarity, adaptation.batch_norm) == ("different", "flat", "train")
     assert (adaptation.conditioning_weight, adaptation.learning_rate, adaptation.layers) == (3.0, 1e-4, (1, 2, 3))
+    assert adaptation.distillation_weight == 0.1
     assert not adaptation.choose_epochs
 
 

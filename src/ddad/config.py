@@ -138,10 +138,10 @@ class AdaptationSettings(_Frozen):
     """Statistics of BatchNorm: those of pretraining, or (as published) those of each batch."""
     conditioning_weight: Annotated[float, Field(ge=0)] = 3.0
     """w_DA of pairs of different photographs."""
-    distillation_weight: Annotated[float, Field(ge=0)] = 0.1
-    """λ_DL: how strongly the adapted features are held to the original ones."""
+    distillation_weight: Annotated[float, Field(ge=0)] = 1.0
+    """λ_DL: how strongly the adapted features are held to the original ones; as published: 0.1."""
     layers: tuple[Annotated[int, Field(ge=0, le=4)], ...] = (1, 2, 3)
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     batch_size: Annotated[int, Field(ge=1)] = 16
 
 
@@ -193,6 +193,8 @@ _PAPER: dict[str, Any] = {
     "adaptation": {
         "epochs": 3,
         "choose_epochs": False,
+        "learning_rate": 1e-4,
+        "distillation_weight": 0.1,
         "pairs": "different",
         "similarity": "flat",
         "batch_norm": "train",
