@@ -77,7 +77,8 @@ class Pairs:
         digest = hashlib.sha256(f"{self._settings.model_dump_json(exclude={'epochs'})} {self._seed}".encode())
         for image in self._images:
             digest.update(image.tobytes())
-        digest.update(self._detector.reconstruct([self._images[0]]).cpu().numpy().tobytes())
+        for tensor in self._detector.unet.state_dict().values():
+            digest.update(tensor.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
