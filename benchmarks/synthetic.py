@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ddad.data.folder import scan
-from ddad.data.samples import content_hash, model_shape
+from ddad.data.samples import model_shape, paths_by_hash
 from ddad.detector import Detector
 from ddad.images import probe, read_image
 from ddad.metrics import image_metrics
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--paint-size", type=int, default=384)
     options = parser.parse_args()
 
-    by_hash = {content_hash(sample.path): sample.path for sample in scan(options.data).train}
+    by_hash = paths_by_hash(sample.path for sample in scan(options.data).train)
     sizes = [(info.height, info.width) for info in map(probe, by_hash.values())]
     print(f"{options.defects} defects, {torch.get_num_threads()} threads, {datetime.now(UTC):%F}")
     print("| model | size | held-out loss | pixel | layers | all |")

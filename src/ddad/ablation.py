@@ -15,20 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddad.comparison import METRICS
 from ddad.config import PRESETS, Settings, parse_settings
 from ddad.data.folder import scan
-from ddad.data.samples import Dataset, Sample, content_hash
+from ddad.data.samples import Dataset, Sample, paths_by_hash
 from ddad.detector import Detector
 from ddad.errors import ConfigError, DataError
 from ddad.evaluation import evaluate
 from ddad.features import create_features
 from ddad.files import write_json, write_text
 from ddad.images import read_image
-from ddad.report import inspect
-
-METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
-BATCH_SIZE = 16
-"""As published; it only matters to batch-max fusion."""
+from ddad.report import PAPER_BATCH, inspect
+from ddad.tuning import spread
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def run_ablation(
         raise DataError(f"Expected labelled test images in {dataset.root}, found none; an ablation needs them.")
     samples = spread_samples(dataset.test, max_images)
     parts = trained.record["data"]
-    by_hash = {content_hash(sample.path): sample.path for sample in dataset.train}
+    by_hash = paths_by_hash(sample.path for sample in dataset.train)
     try:
         select, calibration = (
             [read_image(by_hash[one], trained.shape, trained.image_rule) for one in parts[part]]
@@ -157,7 +155,7 @@ def run_ablation(
         detector.calibrate(select, calibration)
         notes: list[str] = []
         evaluation = evaluate(
-            inspect(detector, samples, BATCH_SIZE, workers, notes), crop=settings.scoring.crop, max_examples=0
+            inspect(detector, samples, PAPER_BATCH, workers, notes), crop=settings.scoring.crop, max_examples=0
         )
         rows.append({"variant": variant.name, **{metric: evaluation.metrics[metric] for metric in METRICS}})
         write_json(path, {"identity": identity, "rows": rows})
@@ -203,7 +201,7 @@ def spread_samples(samples: Sequence[Sample], count: int | None) -> list[Sample]
     for kind in sorted({sample.kind for sample in samples}):
         of_kind = [sample for sample in samples if sample.kind == kind]
         share = max(1, round(count * len(of_kind) / len(samples)))
-        chosen += [of_kind[i * len(of_kind) // share] for i in range(share)]
+        chosen += spread(of_kind, share)
     return chosen
 
 

@@ -24,7 +24,7 @@ from ddad.data.samples import Dataset, content_hash, fingerprint
 from ddad.detector import Detector
 from ddad.errors import ConfigError, DataError, DDADError
 from ddad.files import write_json, write_text
-from ddad.fit import DEFAULT_TIME_BUDGET, MOST_SELECT, Estimate, fit
+from ddad.fit import DEFAULT_TIME_BUDGET, MOST_SELECT, Estimate, differences, fit
 from ddad.report import evaluate_folder
 from ddad.training import Interrupted, Progress
 from ddad.unet import choose_device
@@ -315,24 +315,11 @@ def _check_same(variant: Path, asked: dict[str, Any]) -> None:
     before = read_json(variant / "benchmark.json")
     if not before:
         return
-    old, new = _flat(before), _flat(asked)
-    differences = [
-        f"{key} ({old.get(key)} before, {new.get(key)} now)"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differences:
+    if changes := differences(before, asked):
         raise ConfigError(
-            f"Expected the benchmark that was begun in {variant}, found changes in {', '.join(differences)}; "
+            f"Expected the benchmark that was begun in {variant}, found changes in {', '.join(changes)}; "
             "repeat the first command, choose another --out, or delete that folder."
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _train_and_judge(

@@ -16,6 +16,7 @@ from ddad.errors import ConfigError, DataError, DDADError
 
 if TYPE_CHECKING:
     from ddad.data.check import CheckReport
+    from ddad.detector import Detector
     from ddad.evaluation import Evaluation
     from ddad.fit import Estimate
     from ddad.training import Progress
@@ -252,9 +253,7 @@ def recalibrate(
 
     with _Interruptible():
         detector = calibrate_again(model, data, out, false_alarms=false_alarms, device=device, workers=workers)
-    assert detector.calibration is not None
-    print(detector.calibration.promise())
-    print(f"Model written to {out or model}.")
+    _print_calibrated(detector, out or model)
 
 
 @app.command()
@@ -271,9 +270,7 @@ def adapt(
 
     with _Interruptible():
         detector = adapt_model(model, data, out, epochs=epochs, device=device, workers=workers, on_stage=print)
-    assert detector.calibration is not None
-    print(detector.calibration.promise())
-    print(f"Model written to {out or model}.")
+    _print_calibrated(detector, out or model)
 
 
 @app.command()
@@ -477,6 +474,12 @@ def _promise(record: dict[str, Any]) -> str:
 
     calibration = record.get("calibration")
     return Calibration.model_validate(calibration).promise() if calibration else "not calibrated"
+
+
+def _print_calibrated(detector: "Detector", folder: Path) -> None:
+    assert detector.calibration is not None
+    print(detector.calibration.promise())
+    print(f"Model written to {folder}.")
 
 
 def _sentence(row: dict[str, Any]) -> str:

@@ -416,13 +416,13 @@ def _load_plan(run: Path) -> Plan | None:
 
 
 def _check_same(plan: Plan, settings: Settings, data: str, asked: dict[str, float | None], run: Path) -> None:
-    differences = _differences(plan.settings, settings.model_dump(mode="json"))
-    differences += _differences(plan.budget, asked)
+    changes = differences(plan.settings, settings.model_dump(mode="json"))
+    changes += differences(plan.budget, asked)
     if plan.data != data:
-        differences.append("the good images")
-    if differences:
+        changes.append("the good images")
+    if changes:
         raise ConfigError(
-            f"Expected the command that began the run in {run}, found changes in {', '.join(differences)}; "
+            f"Expected the command that began the run in {run}, found changes in {', '.join(changes)}; "
             "repeat the first command, choose another --out, or delete that folder."
         )
 
@@ -430,27 +430,28 @@ def _check_same(plan: Plan, settings: Settings, data: str, asked: dict[str, floa
 def _check_finished(out: Path, settings: Settings, data: str, asked: dict[str, float | None]) -> None:
     try:
         record = read_record(out)
-        differences = _differences(record["settings"], settings.model_dump(mode="json"))
-        differences += _differences(record["training"]["budget"], asked)
+        changes = differences(record["settings"], settings.model_dump(mode="json"))
+        changes += differences(record["training"]["budget"], asked)
         if record["data"]["fingerprint"] != data:
-            differences.append("the good images")
+            changes.append("the good images")
     except (ModelError, KeyError):
         raise ConfigError(
             f"Expected a new folder for the model, found {out}, which is something else; choose another --out."
         ) from None
-    if differences:
+    if changes:
         raise ConfigError(
-            f"Expected a new folder for the model, found {out}, trained with other {', '.join(differences)}; "
+            f"Expected a new folder for the model, found {out}, trained with other {', '.join(changes)}; "
             "choose another --out, or delete that folder."
         )
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two nested settings, each as `group.name (old before, new now)`."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} ({old} before, {new} now)")
     return found

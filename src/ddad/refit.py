@@ -12,7 +12,7 @@ from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
-from ddad.data.samples import content_hash, fingerprint, split_hashes
+from ddad.data.samples import fingerprint, paths_by_hash, split_hashes
 from ddad.detector import Detector, check_place
 from ddad.errors import ConfigError, DataError
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
@@ -77,7 +77,7 @@ def recalibrate(
     if false_alarms is not None:
         detector.settings = detector.settings.model_copy(update={"false_alarms": false_alarms})
     known = detector.record.get("data", {})
-    paths = _by_hash(data)
+    paths = paths_by_hash(sample.path for sample in scan(data).train)
     unseen = [one for one in paths if one not in set(known.get("train", ()))]
     if len(unseen) < FEWEST:
         raise DataError(
@@ -132,7 +132,7 @@ def adapt(
     if settings.epochs == 0:
         raise ConfigError("Expected at least one pass over the good images, found 0; give --epochs.")
     known = detector.record.get("data", {})
-    paths = _by_hash(data)
+    paths = paths_by_hash(sample.path for sample in scan(data).train)
     new = [one for one in paths if not any(one in known.get(part, ()) for part in ("train", "select", "calibration"))]
     added = split_hashes(new, detector.settings.false_alarms) if len(new) >= FEWEST + 1 else ([], [], [])
     train, select, calibration = (
@@ -163,14 +163,6 @@ def _calibrate(detector: Detector, parts: _Parts, workers: int) -> None:
     select = parts.cache(parts.select, detector, workers)
     detector.calibrate(spread(select, MOST_SELECT), parts.cache(parts.calibration, detector, workers))
     detector.record["data"] = parts.record(detector.record.get("data", {}))
-
-
-def _by_hash(data: str | Path) -> dict[str, Path]:
-    """Different good images by their content; of identical files the first by name."""
-    paths: dict[str, Path] = {}
-    for sample in scan(data).train:
-        paths.setdefault(content_hash(sample.path), sample.path)
-    return paths
 
 
 def _halves(hashes: Sequence[str], known: dict[str, Any], false_alarms: float) -> tuple[list[str], list[str]]:

@@ -1,7 +1,7 @@
 """Judge settings on good images and synthetic defects: what a choice is made on, instead of test labels."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from ddad.config import AdaptationSettings
 from ddad.data.synthetic import SyntheticDefect, defect_set
 from ddad.detector import Detector
 from ddad.metrics import image_metrics
+
+Item = TypeVar("Item")
 
 MOST_ADAPTED = 512
 """Good images that adapt the features, where the number of passes is chosen; as published: all."""
@@ -140,6 +142,6 @@ def can_adapt(settings: AdaptationSettings, train: int, select: int) -> bool:
     return (train >= FEWEST_ADAPTED and select >= FEWEST_JUDGED) if settings.choose_epochs else train > 1
 
 
-def spread(images: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """At most `count` images, evenly spread over all of them."""
-    return [images[i * len(images) // min(count, len(images))] for i in range(min(count, len(images)))]
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of these, evenly spread over all of them."""
+    return [items[i * len(items) // min(count, len(items))] for i in range(min(count, len(items)))]

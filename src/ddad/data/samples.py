@@ -65,6 +65,14 @@ def content_hash(path: str | os.PathLike[str]) -> str:
         ) from error
 
 
+def paths_by_hash(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Different files by their content; of identical ones the first by name. Raises DataError like `content_hash`."""
+    by_hash: dict[str, Path] = {}
+    for path in sorted(Path(path) for path in paths):
+        by_hash.setdefault(content_hash(path), path)
+    return by_hash
+
+
 def fingerprint(hashes: Iterable[str]) -> str:
     """One hash for a set of content hashes, whatever their order and however often each occurs."""
     return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()
@@ -83,9 +91,7 @@ def split_good(paths: Iterable[str | os.PathLike[str]], false_alarms: float) -> 
     Order inside a part is by hash. Raises DataError below `MIN_GOOD` different images or for unreadable files,
     ConfigError unless 0 < false_alarms < 1.
     """
-    by_hash: dict[str, Path] = {}
-    for path in sorted(Path(path) for path in paths):
-        by_hash.setdefault(content_hash(path), path)
+    by_hash = paths_by_hash(paths)
     parts = split_hashes(list(by_hash), false_alarms)
     train, select, calibration = (tuple(by_hash[digest] for digest in part) for part in parts)
     return Split(train, select, calibration, {path: digest for digest, path in by_hash.items()})
