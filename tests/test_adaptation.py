@@ -95,6 +95,20 @@ def test_different_pairs_are_another_photograph_rebuilt_towards_this_one(feature
     assert ((y - towards).abs() < (y - x).abs()).all()
 
 
+def test_pairs_meet_other_noise_in_each_pass(features):
+    """As published: start and steps are noisy, so one photograph is rebuilt in many ways."""
+    settings = make_settings("paper", adaptation={"batch_size": 2, "pairs": "different"})
+    of = Detector(GaussianUNet(0.0, 0.1), create_scheduler("epsilon"), features, settings, SHAPE, device="cpu")
+    pairs = Pairs(of, [photo(0), photo(1)], settings.adaptation, seed=0)
+
+    def rebuilt(epoch):
+        target, reconstruction = next(iter(pairs.batches(epoch)))
+        return reconstruction[target.flatten(1).sum(dim=1).argsort()]  # the order differs too
+
+    torch.testing.assert_close(rebuilt(1), rebuilt(1), atol=0, rtol=0)
+    assert (rebuilt(1) - rebuilt(2)).abs().mean() > 0.01
+
+
 def blurred(target):
     return functional.avg_pool2d(target, 3, stride=1, padding=1)
 

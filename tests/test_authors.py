@@ -408,6 +408,12 @@ def test_what_is_not_a_state_dict_is_said_in_a_sentence_and_never_run(weights, t
         convert_checkpoint("nowhere", "model")
 
 
+def test_the_authors_settings_of_a_category_are_taken_where_asked_for(weights, tmp_path):
+    model = convert(tmp_path, weights, dataset="visa", category="pcb1")
+    settings = Detector.from_pretrained(model, device="cpu").settings
+    assert (settings.sampling.conditioning_weight, settings.scoring.pixel_weight) == (9, 7)
+
+
 def test_options_that_cannot_be_are_said_in_a_sentence(weights, tmp_path):
     with pytest.raises(ConfigError, match="Expected the preset paper or paper-s for a conversion, found 'xs'"):
         convert(tmp_path, weights, preset="xs")
@@ -425,6 +431,8 @@ def test_options_that_cannot_be_are_said_in_a_sentence(weights, tmp_path):
         convert_checkpoint(file, tmp_path / "model", features_name=OFFLINE)
     with pytest.raises(ModelError, match=r"Expected a checkpoint file at .*nowhere, found none"):
         convert(tmp_path, weights, features=tmp_path / "nowhere", features_name="resnet18")
+    with pytest.raises(ConfigError, match="Expected a category of mvtec-ad, visa, for which published settings exist"):
+        convert(tmp_path, weights, dataset="mvtec-ad", category="spoon")
     assert not (tmp_path / "model").exists()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "chapter.txt").write_text("years of work")

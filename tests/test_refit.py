@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ddad.config import make_settings
 from ddad.data.samples import content_hash
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError
-from ddad.fit import fit
+from ddad.fit import fit, locked
 from ddad.refit import FEWEST, adapt, recalibrate
 
 
@@ -93,6 +94,14 @@ def test_only_images_that_ranked_before(model, photos, tmp_path):
         DataError, match=r"Expected at least 2 good images in .* to give units and 1 to rank, found 0 a"
     ):
         recalibrate(model, folder)
+
+
+def test_one_process_at_a_time(model, photos, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    with locked(tmp_path / "model.adapt"), pytest.raises(ConfigError, match="Expected a run that nobody works on"):
+        recalibrate(tmp_path / "model", photos)
+    recalibrate(tmp_path / "model", photos)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_too_few_new_images(model, photos, tmp_path):

@@ -98,6 +98,7 @@ class Pairs:
                     photographs,
                     start=[self._images[i] for i in other],
                     conditioning_weight=self._settings.conditioning_weight,
+                    draw=epoch,  # a photograph meets other noise in each pass
                 ).cpu()
             yield to_unit(photographs), rebuilt
 

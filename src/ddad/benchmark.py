@@ -94,7 +94,7 @@ def published_settings(dataset: str, category: str) -> PublishedSettings:
         known = ", ".join(name for name in tables if name != "source")
         raise ConfigError(
             f"Expected a category of {known}, for which published settings exist, found {category} of {dataset}; "
-            "leave --published out."
+            "name another, or do without them."
         ) from None
 
 

@@ -281,12 +281,15 @@ def convert(
     features: Annotated[
         str | None, typer.Option(help="The backbone, a timm name; by default the paper's wide_resnet101_2.tv_in1k.")
     ] = None,
-    category: Annotated[str | None, typer.Option(help="The product, for the model card.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="mvtec-ad or visa: with --category, take the authors' w and v of that category.")
+    ] = None,
+    category: Annotated[str | None, typer.Option(help="The product.")] = None,
 ) -> None:
     """Make a model folder from a checkpoint of the published DDAD code."""
     from ddad.integrations.authors import convert_checkpoint
 
-    convert_checkpoint(checkpoint, out, features=extractor, features_name=features, category=category)
+    convert_checkpoint(checkpoint, out, features=extractor, features_name=features, dataset=dataset, category=category)
     print(
         f"Model written to {out}. It gives scores, but no verdict until it has seen good images that it was not "
         f"trained on: ddad recalibrate {out} GOOD_FOLDER"

@@ -141,16 +141,18 @@ class Detector:
         *,
         start: Sequence[np.ndarray] | None = None,
         conditioning_weight: float | None = None,
+        draw: int = 0,
     ) -> Tensor:
         """Reconstructions (B, 3, H, W) of images (uint8, model shape); noise is seeded by their pixels.
 
         Args:
             start: other images that are rebuilt towards `images`: the pairs of domain adaptation.
             conditioning_weight: w, instead of the settings'.
+            draw: another number, other noise; inspection uses 0.
         """
         sampling = self.settings.sampling
         target = to_unit(images, self.device)
-        generators = [_generator(image) for image in images]
+        generators = [_generator(image, draw) for image in images]
 
         def noise(like: Tensor) -> Tensor:
             draws = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
@@ -463,10 +465,10 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), "ddad": __version__, **packages}
 
 
-def _generator(image: np.ndarray) -> torch.Generator:
-    """Noise that depends on the pixels alone: the same image, the same draws."""
+def _generator(image: np.ndarray, draw: int) -> torch.Generator:
+    """Noise that depends on the pixels and the number of the draw alone: the same image, the same noise."""
     digest = hashlib.sha256(image.tobytes()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed((int.from_bytes(digest[:7], "little") + draw) % 2**63)
 
 
 def _chunks(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:

@@ -4,6 +4,8 @@ Files and folders are written under a temporary name beside their place and rena
 killed at any moment leaves no half of anything under a real name.
 """
 
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -16,6 +18,7 @@ from typing import Any
 from ddad.errors import DataError
 
 TEMPORARY_PREFIX = ".unfinished-"
+_HERE, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h: relative to the working folder; swap
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, flush: bool = True) -> None:
@@ -78,15 +81,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for entry in [*temporary.rglob("*"), temporary]:
             _flush(entry)
         if path.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-            path.rename(replaced / path.name)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
+            _exchange(temporary, path)
         else:
             temporary.rename(path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders, so that at every moment one of them stands at `old`; where the system cannot, nearly so."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux; Python has no name for it
+    if swap and swap(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        return
+    if swap and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    between = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=old.parent))
+    old.rename(between / old.name)
+    new.rename(old)
+    (between / old.name).rename(new)
+    between.rmdir()
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:

@@ -15,6 +15,7 @@ from ddad.data.folder import scan
 from ddad.data.samples import fingerprint, paths_by_hash, split_hashes
 from ddad.detector import Detector, check_place
 from ddad.errors import ConfigError, DataError
+from ddad.files import remove_leftovers
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
 from ddad.tuning import adapt_features, can_adapt, spread
 
@@ -87,9 +88,16 @@ def recalibrate(
     select, calibration = _halves(unseen, known, detector.settings.false_alarms)
     parts = _Parts(paths, known.get("train", ()), select, calibration)
     parts.check(data)
-    check_place(Path(out or model))
-    _calibrate(detector, parts, workers)
-    detector.save_pretrained(out or model, card=model_card(detector), extra=_log(Path(model)))
+    out = Path(out or model)
+    check_place(out)
+    run = out.with_name(out.name + ".adapt")
+    with locked(run):
+        remove_leftovers(out.parent, out.name)
+        _calibrate(detector, parts, workers)
+        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
+        (run / "lock").unlink()
+        if not any(run.iterdir()):  # else an adaptation was begun there, and goes on later
+            run.rmdir()
     return detector
 
 
@@ -149,6 +157,7 @@ def adapt(
     check_place(out)
     run = out.with_name(out.name + ".adapt")
     with locked(run):
+        remove_leftovers(out.parent, out.name)
         images, others = parts.cache(train, detector, workers), parts.cache(select, detector, workers)
         store = CheckpointStore(run / "adaptation")
         detector.record["adaptation"] = adapt_features(detector, images, others, settings.epochs, store, on_stage)

@@ -23,6 +23,7 @@ from diffusers import UNet2DModel
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from ddad.benchmark import published_settings
 from ddad.card import model_card
 from ddad.config import Settings, make_settings
 from ddad.data.samples import content_hash
@@ -64,6 +65,7 @@ def convert_checkpoint(
     features: str | Path | None = None,
     features_name: str | None = None,
     preset: str | None = None,
+    dataset: str | None = None,
     category: str | None = None,
 ) -> Path:
     """Write a model folder from a checkpoint of the published code.
@@ -77,14 +79,16 @@ def convert_checkpoint(
         features_name: the backbone; its weights are those of the file `features`, or else pretrained ones, as
             `ddad.features.create_features` finds them. The preset's by default.
         preset: `paper` or `paper-s`; by default the one whose width the checkpoint has.
-        category: the product, for the model card.
+        dataset: `mvtec-ad` or `visa`, for the authors' w and v of its `category`; by default the preset's.
+        category: the product.
 
     Returns:
         `out`.
 
     Raises:
         ModelError: a file that is missing, damaged, or something else than was published.
-        ConfigError: an impossible preset, features that cannot be had, or an `out` that holds something else.
+        ConfigError: an impossible preset, a category without published settings, features that cannot be had, or an
+            `out` that holds something else.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if preset is not None and preset not in PRESETS.values():
@@ -96,6 +100,8 @@ def convert_checkpoint(
             f"Expected a checkpoint of the preset {preset} in {checkpoint}, found one of {found}; leave the preset out."
         )
     settings = make_settings(found, scoring={"features": features_name} if features_name else None)
+    if dataset is not None:
+        settings = published_settings(dataset, category or "none").apply(settings)
     unet = _unet(checkpoint, weights, settings)
     shape = (settings.image_size, settings.image_size)
     scoring = settings.scoring
