@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from ddad.conformal import images_needed, p_value, promised_rate, threshold
+from ddad.conformal import images_needed, images_to_bound, p_value, promised_rate, rate_bound, threshold
 from ddad.errors import ConfigError, DataError
 
 rates = st.one_of(
@@ -78,6 +79,44 @@ def test_the_promise_is_kept_on_average():
         promised = promised_rate(n, false_alarms)
         # Parts of one run share a calibration set, so runs, not parts, are the independent draws.
         assert abs(np.mean(alarms) - promised) < 4 * np.sqrt(promised * (1 - promised) / runs)
+
+
+@given(n=st.integers(1, 400), false_alarms=rates)
+def test_the_bound_is_clopper_and_pearsons(n, false_alarms):
+    above = round(promised_rate(n, false_alarms) * (n + 1)) - 1  # calibration images above the threshold
+    interval = stats.binomtest(above, n, alternative="less").proportion_ci(0.95, method="exact")
+    assert rate_bound(n, false_alarms) == pytest.approx(interval.high)
+    assert rate_bound(n, false_alarms) > promised_rate(n, false_alarms) or n == 1
+
+
+def test_the_bound_in_numbers_a_plant_may_know():
+    assert rate_bound(76, 0.01) == pytest.approx(0.0387, abs=5e-5)
+    assert images_to_bound(0.01) == 299
+    assert images_to_bound(0.05) == 59
+
+
+@given(false_alarms=st.floats(0.001, 0.5))
+def test_images_to_bound_are_the_fewest(false_alarms):
+    n = images_to_bound(false_alarms)
+    tightest = 1 / (2 * n)  # the largest score as the threshold
+    assert rate_bound(n, tightest) <= false_alarms * (1 + 1e-9)
+    assert n == 1 or rate_bound(n - 1, tightest) > false_alarms * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("draw", ["normal", "standard_cauchy", "coins"])
+def test_one_calibration_set_in_twenty_breaks_the_bound(draw):
+    """The share of good parts above a threshold is known exactly here, from the distribution they come from."""
+    rng = np.random.default_rng(0)
+    n, false_alarms, draws = 60, 0.05, 4000
+    above = {
+        "normal": stats.norm.sf,
+        "standard_cauchy": stats.cauchy.sf,
+        "coins": lambda value: stats.binom.sf(value, 30, 0.3),  # many ties
+    }[draw]
+    sample = (lambda: rng.binomial(30, 0.3, n)) if draw == "coins" else (lambda: getattr(rng, draw)(size=n))
+    broken = np.mean([above(threshold(sample(), false_alarms)) > rate_bound(n, false_alarms) for _ in range(draws)])
+    assert broken < 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
+    assert broken > 0.03 or draw == "coins"  # and it is not vacuous
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, float("nan")])

@@ -137,6 +137,17 @@ def test_scores_of_calibration_are_those_of_use(photos, tmp_path):
     assert all(0 <= score < 100 for score in scores)
 
 
+def test_few_images_give_units_and_rank_in_folds_and_nothing_is_chosen_by_them(photos, tmp_path):
+    model = fit(photos, tmp_path / "model", tiny().model_copy(update={"false_alarms": 0.01}), steps=1)
+    detector = Detector.from_pretrained(model)
+    data = detector.record["data"]
+    assert len(detector.calibration.scores) == len(data["select"]) + len(data["calibration"])
+    assert detector.calibration.folds == len(detector.calibration.scores)
+    assert detector.record["adaptation"]["said"] == (
+        "The features are not adapted: that needs 32 good images to train on and 8 to choose by."
+    )
+
+
 def test_features_are_adapted_within_training(tmp_path, monkeypatch):
     monkeypatch.setattr("ddad.tuning.DEFECTS", 12)
     photos = tmp_path / "good"

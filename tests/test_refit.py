@@ -96,6 +96,46 @@ def test_only_images_that_ranked_before(model, photos, tmp_path):
         recalibrate(model, folder)
 
 
+def test_merged_images_add_their_scores(model, tmp_path):
+    new = write_photos(tmp_path / "new", range(600, 606))
+    before = Detector.from_pretrained(model)
+    after = recalibrate(model, new, tmp_path / "merged", merge=True)
+    loaded = Detector.from_pretrained(tmp_path / "merged")
+    assert loaded.calibration == after.calibration
+    assert loaded.calibration.scales == before.calibration.scales
+    added = [result.anomaly_score for result in before.predict(sorted(new.iterdir()))]
+    np.testing.assert_allclose(loaded.calibration.scores, sorted([*before.calibration.scores, *added]), rtol=1e-5)
+    assert len(loaded.record["data"]["calibration"]) == len(loaded.calibration.scores)
+    with pytest.raises(DataError, match=r"Expected good images in .*new that the model has not seen yet, found none;"):
+        recalibrate(tmp_path / "merged", new, merge=True)
+
+
+def test_nothing_to_merge_with(model, photos, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    record = json.loads((tmp_path / "model" / "detector.json").read_text())
+    record |= {"calibration": None, "data": {}}
+    (tmp_path / "model" / "detector.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"Expected a calibrated model to add scores to, found none; recalibrate w"):
+        recalibrate(tmp_path / "model", photos, merge=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_few_images_rank_in_folds_unless_something_was_chosen_by_them(model, photos, tmp_path):
+    few = write_photos(tmp_path / "few", range(700, 712))
+    calibration = recalibrate(model, few, tmp_path / "again", false_alarms=0.01).calibration
+    assert (len(calibration.scores), calibration.folds) == (12, 10)
+    assert "12 good calibration images in 10 folds" in (tmp_path / "again" / "README.md").read_text()
+    # A model whose adaptation was judged on its select images, and which gets those again.
+    judged = tmp_path / "judged"
+    shutil.copytree(model, judged)
+    record = json.loads((judged / "detector.json").read_text())
+    record["adaptation"]["history"] = [{"epoch": 0, "loss": None, "synthetic_auroc": 0.5}]
+    (judged / "detector.json").write_text(json.dumps(record))
+    again = recalibrate(judged, photos, tmp_path / "third", false_alarms=0.01)
+    assert again.calibration.folds is None
+    assert len(again.calibration.scores) == len(record["data"]["calibration"])
+
+
 def test_one_process_at_a_time(model, photos, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     with locked(tmp_path / "model.adapt"), pytest.raises(ConfigError, match="Expected a run that nobody works on"):

@@ -61,7 +61,7 @@ def test_a_defect_belongs_to_the_half_of_the_image_it_is_painted_on(test_set):
     ("epochs", "changes", "count", "said"),
     [
         (0, {"epochs": 0}, 40, "The features are not adapted: the settings say so."),
-        (0, {}, 3, "The features are not adapted: that needs 32 good images to train and 8 to select."),
+        (0, {}, 3, "The features are not adapted: that needs 32 good images to train on and 8 to choose by."),
         (0, {}, 40, "The features are not adapted: the time budget does not allow it."),
     ],
 )

@@ -2,11 +2,12 @@
 
 Two disjoint sets of good images, neither trained on: *select* gives the units of the maps (and every choice),
 *calibration* only ranks scores. So a new good image is exchangeable with the calibration images, and its p-value is
-uniform whatever the network does.
+uniform whatever the network does. Where there are too few images for two sets, one set does both, in folds: each image
+is ranked in units that come from the others.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ddad import conformal
-from ddad.anomaly_map import smooth
+from ddad.anomaly_map import fuse, smooth, standardise
 from ddad.errors import DataError
 
 PRIOR_IMAGES = 10
@@ -39,6 +40,8 @@ class Calibration(BaseModel):
     """Scores above it are anomalous; so are pixels of the map, since the score is the map's maximum."""
     scores: tuple[float, ...] = ()
     """Scores of the calibration images, rising."""
+    folds: int | None = None
+    """Of a cross-conformal calibration: images that gave units also ranked, each in units from the other folds."""
 
     @property
     def promised_rate(self) -> float | None:
@@ -47,13 +50,22 @@ class Calibration(BaseModel):
             return None
         return conformal.promised_rate(len(self.scores), self.false_alarms)
 
+    @property
+    def rate_bound(self) -> float | None:
+        """The false-alarm rate that the threshold stays below with 95 % confidence."""
+        if self.false_alarms is None:
+            return None
+        return conformal.rate_bound(len(self.scores), self.false_alarms)
+
     def promise(self) -> str:
-        """What the calibration images can and cannot promise, in one or two sentences."""
-        if self.false_alarms is None or self.promised_rate is None:
+        """What the calibration images can and cannot promise, in a few sentences."""
+        if self.false_alarms is None or self.promised_rate is None or self.rate_bound is None:
             return "Not calibrated: there is no threshold, so no verdict."
-        count = len(self.scores)
-        share = f"about {_percent(self.promised_rate)} of good parts are flagged in the long run"
-        text = f"{count} good calibration images: {share}."
+        text = (
+            f"{len(self.scores)} good calibration images{f' in {self.folds} folds' if self.folds else ''}: about "
+            f"{_percent(self.promised_rate)} of good parts are flagged in the long run, with "
+            f"{_percent(conformal.CONFIDENCE)} confidence at most {_percent(self.rate_bound)}."
+        )
         if self.promised_rate > self.false_alarms * 1.0001:
             needed = conformal.images_needed(self.false_alarms)
             text += (
@@ -105,7 +117,53 @@ def map_scales(distances: Tensor, least: float) -> tuple[float, ...]:
     return tuple(float(value) for value in peaks.clamp(min=least))
 
 
-def calibrate(scales: Sequence[float], scores: Sequence[float], false_alarms: float) -> Calibration:
+class Units(NamedTuple):
+    """What makes distances of different kinds and places comparable."""
+
+    statistics: PositionStatistics | None
+    scales: tuple[float, ...]
+
+
+def fit_units(distances: Tensor, by_position: bool) -> Units:
+    """Units from smoothed distances of good images, (N, K, H, W)."""
+    statistics = position_statistics(distances) if by_position else None
+    # Standardised distances are in spreads, of which a peak has at least one.
+    scales = map_scales(in_units(distances, statistics), least=1.0 if statistics else 1e-6)
+    return Units(statistics, scales)
+
+
+def in_units(distances: Tensor, statistics: PositionStatistics | None) -> Tensor:
+    """Distances (..., K, H, W) compared with what good parts show at each place, where that is known."""
+    return distances if statistics is None else standardise(distances, *(one.to(distances) for one in statistics))
+
+
+def weighted(distances: Tensor, units: Units, weights: Sequence[float]) -> Tensor:
+    """D (N, H, W) >= 0 from smoothed distances (N, K, H, W) and a weight a kind: 1 is what a good part's peak is."""
+    shares = [weight / sum(weights) for weight in weights]
+    return fuse(in_units(distances, units.statistics).unbind(dim=1), units.scales, shares).clamp(min=0)
+
+
+def cross_scores(
+    distances: Tensor, folds: int, by_position: bool, score: Callable[[Tensor, Units], Tensor]
+) -> list[float]:
+    """Scores of good images, each in units that come from the other folds (cross-conformal).
+
+    Args:
+        distances: smoothed distances (N, K, H, W) of N >= 2 good images, neither trained on nor chosen by.
+        folds: in [2, N].
+        score: image scores (n,) of distances (n, K, H, W) in given units.
+    """
+    fold = np.arange(len(distances)) % folds
+    scores = np.empty(len(distances))
+    for number in range(folds):
+        units = fit_units(distances[fold != number], by_position)
+        scores[fold == number] = score(distances[fold == number], units).numpy()
+    return scores.tolist()
+
+
+def calibrate(
+    scales: Sequence[float], scores: Sequence[float], false_alarms: float, folds: int | None = None
+) -> Calibration:
     """Threshold from the scores of the calibration images.
 
     Raises:
@@ -120,6 +178,7 @@ def calibrate(scales: Sequence[float], scores: Sequence[float], false_alarms: fl
         false_alarms=false_alarms,
         threshold=conformal.threshold(np.asarray(scores), false_alarms),
         scores=tuple(sorted(float(score) for score in scores)),
+        folds=folds,
     )
 
 

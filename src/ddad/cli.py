@@ -242,6 +242,7 @@ def recalibrate(
     model: Model,
     data: Annotated[Path, typer.Argument(help="Good images: a plain folder, or one in MVTec layout.")],
     out: OutModel = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Keep the earlier images' scores, and add these.")] = False,
     false_alarms: Annotated[
         float | None, typer.Option(parser=_rate, metavar="RATE", help="Such as 1%; by default the model's.")
     ] = None,
@@ -252,7 +253,9 @@ def recalibrate(
     from ddad.refit import recalibrate as calibrate_again
 
     with _Interruptible():
-        detector = calibrate_again(model, data, out, false_alarms=false_alarms, device=device, workers=workers)
+        detector = calibrate_again(
+            model, data, out, merge=merge, false_alarms=false_alarms, device=device, workers=workers
+        )
     _print_calibrated(detector, out or model)
 
 

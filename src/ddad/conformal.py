@@ -3,12 +3,23 @@
 If a new good part comes from the same source as the n calibration parts, its rank among them is uniform. So calling it
 anomalous when its p-value is at most alpha is wrong for at most a fraction alpha of good parts, on average over
 calibration sets and with no assumption on the distribution of scores. Higher scores are more anomalous.
+
+Of one calibration set more can be said. With the k-th largest of its n scores as threshold, the share of all good
+parts above it is distributed as Beta(k, n + 1 - k) (order statistics; with ties it is smaller): its mean is the
+promise, and its 95 % quantile a bound that only one calibration set in twenty breaks. It is also Clopper and Pearson's
+bound, for the k - 1 calibration images above the threshold.
 """
+
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import special
 
 from ddad.errors import ConfigError, DataError
+
+CONFIDENCE = 0.95
+"""Of bounds, everywhere."""
 
 
 def p_value(score: ArrayLike, calibration: ArrayLike) -> float | np.ndarray:
@@ -48,6 +59,26 @@ def promised_rate(n: int, false_alarms: float) -> float:
     return max(_rank(n, false_alarms), 1) / (n + 1)
 
 
+def rate_bound(n: int, false_alarms: float, confidence: float = CONFIDENCE) -> float:
+    """The false-alarm rate that the threshold from n calibration images stays below with this confidence.
+
+    Raises as `promised_rate`, and ConfigError unless 0 < confidence < 1.
+    """
+    _check_share(confidence, "a confidence", "0.95")
+    k = round(promised_rate(n, false_alarms) * (n + 1))
+    return float(special.betaincinv(k, n + 1 - k, confidence))
+
+
+def images_to_bound(false_alarms: float, confidence: float = CONFIDENCE) -> int:
+    """The fewest calibration images with which some threshold stays below this rate with this confidence.
+
+    The largest score is that threshold: (1 - false_alarms)^n <= 1 - confidence. Raises ConfigError as `rate_bound`.
+    """
+    _check_rate(false_alarms)
+    _check_share(confidence, "a confidence", "0.95")
+    return math.ceil(math.log(1 - confidence) / math.log1p(-false_alarms))
+
+
 def images_needed(false_alarms: float) -> int:
     """The fewest calibration images that can promise this false-alarm rate: ceil(1 / false_alarms) - 1.
 
@@ -66,11 +97,12 @@ def _rank(n: int, false_alarms: float) -> int:
 
 
 def _check_rate(false_alarms: float) -> None:
-    if not 1e-9 <= false_alarms < 1:
-        raise ConfigError(
-            f"expected a false-alarm rate above 0 and below 1, got {false_alarms}; "
-            "use 0.01 for one good part in a hundred."
-        )
+    _check_share(false_alarms, "a false-alarm rate", "0.01 for one good part in a hundred")
+
+
+def _check_share(value: float, what: str, example: str) -> None:
+    if not 1e-9 <= value < 1:
+        raise ConfigError(f"expected {what} above 0 and below 1, got {value}; use {example}.")
 
 
 def _checked(calibration: ArrayLike) -> np.ndarray:

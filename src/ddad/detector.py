@@ -26,21 +26,21 @@ from ddad.anomaly_map import (
     Region,
     centre,
     feature_distance,
-    fuse,
     fuse_batch_max,
     image_score,
     pixel_distance,
     regions,
     smooth,
-    standardise,
 )
 from ddad.calibration import (
     Calibration,
     PositionStatistics,
     Ranking,
+    Units,
     calibrate,
-    map_scales,
-    position_statistics,
+    cross_scores,
+    fit_units,
+    weighted,
 )
 from ddad.config import Settings, parse_settings
 from ddad.errors import ConfigError, DataError, ModelError
@@ -53,6 +53,8 @@ from ddad.unet import choose_device, clean_from, predict, set_attention_heads
 FORMAT_VERSION = 1
 RECORD = "detector.json"
 STATISTICS = "statistics.safetensors"
+FOLDS = 10
+"""Of a cross-fitted calibration: more would cost nothing and change little."""
 PACKAGES = ("torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 
@@ -210,14 +212,15 @@ class Detector:
         reconstruction = self.reconstruct(images)
         return self.smooth(self.distances(images, reconstruction)), reconstruction
 
-    def fuse(self, distances: Tensor) -> Tensor:
+    def fuse(self, distances: Tensor, units: Units | None = None) -> Tensor:
         """D (B, H, W) ≥ 0 from smoothed distances (B, K, H, W): 1 is what a good part's peak typically is.
 
-        Without calibration distances have no unit, and are added as they are.
+        `units` are the detector's own by default. Without calibration distances have none, and are added as they are.
         """
-        scales = self.calibration.scales if self.calibration else (1.0,) * distances.shape[1]
-        weights = [weight / sum(self.weights) for weight in self.weights]
-        return self._only_centre(fuse(self._standardised(distances).unbind(dim=1), scales, weights).clamp(min=0))
+        return self._only_centre(weighted(distances, units or self._units(distances.shape[1]), self.weights))
+
+    def _units(self, kinds: int) -> Units:
+        return Units(self.statistics, self.calibration.scales if self.calibration else (1.0,) * kinds)
 
     def _only_centre(self, maps: Tensor) -> Tensor:
         if self.settings.scoring.crop is None:
@@ -226,12 +229,6 @@ class Detector:
         kept = torch.zeros_like(maps)
         kept[..., rows, columns] = maps[..., rows, columns]
         return kept
-
-    def _standardised(self, distances: Tensor) -> Tensor:
-        if self.statistics is None:
-            return distances
-        mean, spread = (one.to(distances) for one in self.statistics)
-        return standardise(distances, mean, spread)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -252,16 +249,60 @@ class Detector:
             select: images that give the units of the maps.
             calibration: other images that give the distribution of scores and the threshold.
         """
-        distances = torch.cat([self.compare(chunk)[0].cpu() for chunk in _chunks(select, batch_size)])
-        if self.settings.scoring.position == "standardise":
-            self.statistics = position_statistics(distances)
-        # Standardised distances are in spreads, of which a peak has at least one.
-        scales = map_scales(self._standardised(distances), least=1.0 if self.statistics else 1e-6)
-        self.calibration = Calibration(scales=scales)
-        scores: list[float] = []
-        for chunk in _chunks(calibration, batch_size):
-            scores += image_score(self.fuse(self.compare(chunk)[0])).tolist()
-        self.calibration = calibrate(scales, scores, self.settings.false_alarms)
+        units = self._use_units(self._compared(select, batch_size))
+        scores = self.score(calibration, batch_size)
+        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms)
+
+    def calibrate_across(self, images: Iterable[np.ndarray], folds: int = FOLDS, batch_size: int = 4) -> None:
+        """Set `calibration` from so few good images that each must both give units and rank (cross-conformal).
+
+        Each image is scored in units that the other folds give; a new image is scored in units that all give, which
+        are a little better, so its rank is conservative on average (Vovk, Cross-conformal predictors, 2015).
+
+        Args:
+            images: uint8, model shape; nothing may have been chosen by them. At least two.
+            folds: at most so many; every image its own fold where there are fewer images.
+        """
+        distances = self._compared(images, batch_size)
+        folds = min(folds, len(distances))
+        scores = cross_scores(
+            distances, folds, self._by_position, lambda some, units: image_score(self.fuse(some, units))
+        )
+        units = self._use_units(distances)
+        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms, folds)
+
+    def add_to_calibration(self, images: Iterable[np.ndarray], batch_size: int = 4) -> None:
+        """Add the scores of more good images (uint8, model shape) to those there are; units stay.
+
+        Raises:
+            ConfigError: there is no calibration to add to.
+        """
+        if self.calibration is None or not self.calibration.scores:
+            raise ConfigError("Expected a calibrated model to add scores to, found none; recalibrate without --merge.")
+        scores = [*self.calibration.scores, *self.score(images, batch_size)]
+        self.calibration = calibrate(
+            self.calibration.scales, scores, self.settings.false_alarms, self.calibration.folds
+        )
+
+    def score(self, images: Iterable[np.ndarray], batch_size: int = 4) -> list[float]:
+        """Image scores of images (uint8, model shape), without pictures and verdicts."""
+        return [
+            score
+            for chunk in _chunks(images, batch_size)
+            for score in image_score(self.fuse(self.compare(chunk)[0])).tolist()
+        ]
+
+    @property
+    def _by_position(self) -> bool:
+        return self.settings.scoring.position == "standardise"
+
+    def _compared(self, images: Iterable[np.ndarray], batch_size: int) -> Tensor:
+        return torch.cat([self.compare(chunk)[0].cpu() for chunk in _chunks(images, batch_size)])
+
+    def _use_units(self, distances: Tensor) -> Units:
+        units = fit_units(distances, self._by_position)
+        self.statistics, self.calibration = units.statistics, Calibration(scales=units.scales)
+        return units
 
     # -- use --------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.config import Settings
 from ddad.data.folder import scan
-from ddad.data.samples import Dataset, fingerprint, model_shape, split_good
+from ddad.data.samples import Dataset, Split, fingerprint, model_shape, split_good, too_few_to_split
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, ModelError
 from ddad.features import create_features
@@ -231,9 +232,13 @@ def fit(
             )
         with trainer.averaged():
             passes = CheckpointStore(run / "adaptation")
-            adaptation = adapt_features(detector, images, select, estimate.adaptation_epochs, passes, on_stage)
+            judges = [] if _across(split, settings) else select
+            adaptation = adapt_features(detector, images, judges, estimate.adaptation_epochs, passes, on_stage)
             on_stage("Calibrating on good images that were not trained on.")
-            detector.calibrate(spread(select, MOST_SELECT), calibration)
+            if _across(split, settings):
+                detector.calibrate_across(chain(select, calibration))
+            else:
+                detector.calibrate(spread(select, MOST_SELECT), calibration)
             detector.record = {
                 "category": dataset.category,
                 "trained": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -249,6 +254,11 @@ def fit(
             detector.save_pretrained(out, card=model_card(detector), extra={"training.jsonl": log.path})
         shutil.rmtree(run)
     return out
+
+
+def _across(split: Split, settings: Settings) -> bool:
+    good = len(split.train) + len(split.select) + len(split.calibration)
+    return too_few_to_split(good, len(split.calibration), settings.false_alarms)
 
 
 def diverged(held_out_losses: Sequence[float]) -> bool:
@@ -271,7 +281,7 @@ def _measure(
     trainer: Trainer,
     detector: Detector,
     images: ImageCache,
-    split: Any,
+    split: Split,
     steps: int | None,
     time_budget: float | None,
     started: float,
@@ -291,7 +301,8 @@ def _measure(
     calibrate_seconds = inspect_seconds * (min(MOST_SELECT, len(split.select)) + len(split.calibration))
 
     rebuilt_seconds = epoch_seconds = 0.0
-    epochs = settings.adaptation.epochs if can_adapt(settings.adaptation, len(split.train), len(split.select)) else 0
+    judges = 0 if _across(split, settings) else len(split.select)
+    epochs = settings.adaptation.epochs if can_adapt(settings.adaptation, len(split.train), judges) else 0
     if epochs:
         adapted = min(MOST_ADAPTED, len(split.train)) if settings.adaptation.choose_epochs else len(split.train)
         judged = min(MOST_JUDGED, len(split.select)) + DEFECTS if settings.adaptation.choose_epochs else 0

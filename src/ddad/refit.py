@@ -12,7 +12,7 @@ from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
-from ddad.data.samples import fingerprint, paths_by_hash, split_hashes
+from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, too_few_to_split
 from ddad.detector import Detector, check_place
 from ddad.errors import ConfigError, DataError
 from ddad.files import remove_leftovers
@@ -57,11 +57,12 @@ def recalibrate(
     data: str | Path,
     out: str | Path | None = None,
     *,
+    merge: bool = False,
     false_alarms: float | None = None,
     device: str | None = None,
     workers: int = 2,
 ) -> Detector:
-    """Give a model new units and a new threshold from good images.
+    """Give a model a new threshold from good images, without training.
 
     Images the model was trained on are left out; those that gave units or ranks before keep their part.
 
@@ -69,36 +70,62 @@ def recalibrate(
         model: a model folder.
         data: a folder in MVTec layout, or a folder of good images.
         out: where to; by default the model is replaced.
+        merge: keep the units, and add the new images' scores to those there are.
         false_alarms: the rate to promise; by default the model's.
 
     Raises:
+        ConfigError: another process is at it, or there is no calibration to merge with.
         DataError: too few good images that were not trained on.
     """
-    detector = Detector.from_pretrained(model, device=device)
-    if false_alarms is not None:
-        detector.settings = detector.settings.model_copy(update={"false_alarms": false_alarms})
+    out = Path(out or model)
+    run = out.with_name(out.name + ".adapt")
+    check_place(out)
+    with locked(run):
+        remove_leftovers(out.parent, out.name)
+        try:
+            detector = Detector.from_pretrained(model, device=device)
+            if false_alarms is not None:
+                detector.settings = detector.settings.model_copy(update={"false_alarms": false_alarms})
+            paths = paths_by_hash(sample.path for sample in scan(data).train)
+            if merge:
+                _merge(detector, paths, data, workers)
+            else:
+                _calibrate_anew(detector, paths, data, workers)
+            detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
+        finally:
+            (run / "lock").unlink()
+            if not any(run.iterdir()):  # else an adaptation was begun there, and goes on later
+                run.rmdir()
+    return detector
+
+
+def _merge(detector: Detector, paths: dict[str, Path], data: str | Path, workers: int) -> None:
     known = detector.record.get("data", {})
-    paths = paths_by_hash(sample.path for sample in scan(data).train)
+    used = {one for part in ("train", "select", "former_select", "calibration") for one in known.get(part, ())}
+    new = [one for one in paths if one not in used]
+    if not new:
+        raise DataError(
+            f"Expected good images in {data} that the model has not seen yet, found none; add photographs of good "
+            "parts."
+        )
+    parts = _Parts(paths, known.get("train", ()), known.get("select", ()), new)
+    detector.add_to_calibration(parts.cache(new, detector, workers))
+    calibration = [*known.get("calibration", ()), *new]
+    everything = (*parts.train, *parts.select, *calibration)
+    detector.record["data"] = {**known, "calibration": calibration, "fingerprint": fingerprint(everything)}
+
+
+def _calibrate_anew(detector: Detector, paths: dict[str, Path], data: str | Path, workers: int) -> None:
+    known = detector.record.get("data", {})
     unseen = [one for one in paths if one not in set(known.get("train", ()))]
     if len(unseen) < FEWEST:
         raise DataError(
             f"Expected at least {FEWEST} different good images that the model was not trained on in {data}, found "
             f"{len(unseen)}; add photographs of good parts."
         )
-    select, calibration = _halves(unseen, known, detector.settings.false_alarms)
-    parts = _Parts(paths, known.get("train", ()), select, calibration)
+    parts = _Parts(paths, known.get("train", ()), *_halves(unseen, known, detector.settings.false_alarms))
     parts.check(data)
-    out = Path(out or model)
-    check_place(out)
-    run = out.with_name(out.name + ".adapt")
-    with locked(run):
-        remove_leftovers(out.parent, out.name)
-        _calibrate(detector, parts, workers)
-        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
-        (run / "lock").unlink()
-        if not any(run.iterdir()):  # else an adaptation was begun there, and goes on later
-            run.rmdir()
-    return detector
+    _calibrate(detector, parts, workers)
 
 
 def adapt(
@@ -169,9 +196,15 @@ def adapt(
 
 
 def _calibrate(detector: Detector, parts: _Parts, workers: int) -> None:
-    select = parts.cache(parts.select, detector, workers)
-    detector.calibrate(spread(select, MOST_SELECT), parts.cache(parts.calibration, detector, workers))
-    detector.record["data"] = parts.record(detector.record.get("data", {}))
+    select, calibration = (parts.cache(part, detector, workers) for part in (parts.select, parts.calibration))
+    known = detector.record.get("data", {})
+    few = too_few_to_split(len(select) + len(calibration), len(calibration), detector.settings.false_alarms)
+    # What a choice was made on must never rank.
+    if few and not (detector.record.get("adaptation", {}).get("history") and known.get("select")):
+        detector.calibrate_across([*select, *calibration])
+    else:
+        detector.calibrate(spread(select, MOST_SELECT), calibration)
+    detector.record["data"] = parts.record(known)
 
 
 def _halves(hashes: Sequence[str], known: dict[str, Any], false_alarms: float) -> tuple[list[str], list[str]]:

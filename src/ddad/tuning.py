@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ddad.adaptation import RECONSTRUCTION_BATCH, Adapter, Epoch, Pairs, best_epoch, reconstruct_all
-from ddad.anomaly_map import fuse, image_score, standardise
-from ddad.calibration import map_scales, position_statistics
+from ddad.anomaly_map import image_score
+from ddad.calibration import fit_units, weighted
 from ddad.checkpoint import CheckpointStore
 from ddad.config import AdaptationSettings
 from ddad.data.synthetic import SyntheticDefect, defect_set
@@ -61,12 +61,8 @@ class SyntheticTest:
         result = np.empty(len(self.images))
         by_position = self.detector.settings.scoring.position == "standardise"
         for half in (0, 1):
-            fitted, judged = distances[~self.labels & (self.halves != half)], distances[self.halves == half]
-            if by_position:
-                mean, spread = position_statistics(fitted)
-                fitted, judged = standardise(fitted, mean, spread), standardise(judged, mean, spread)
-            scales = map_scales(fitted, least=1.0 if by_position else 1e-6)
-            result[self.halves == half] = image_score(fuse(judged.unbind(dim=1), scales, weights)).numpy()
+            units = fit_units(distances[~self.labels & (self.halves != half)], by_position)
+            result[self.halves == half] = image_score(weighted(distances[self.halves == half], units, weights)).numpy()
         return result
 
     def image_auroc(self) -> float:
@@ -97,7 +93,7 @@ def adapt_features(
         if settings.epochs == 0:
             why = "the settings say so"
         elif not can_adapt(settings, len(images), len(select)):
-            why = f"that needs {FEWEST_ADAPTED} good images to train and {FEWEST_JUDGED} to select"
+            why = f"that needs {FEWEST_ADAPTED} good images to train on and {FEWEST_JUDGED} to choose by"
         else:
             why = "the time budget does not allow it"
         said = f"The features are not adapted: {why}."

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ddad.config import IMAGE_SIZE
-from ddad.conformal import images_needed, promised_rate
+from ddad.conformal import CONFIDENCE, images_needed, promised_rate, rate_bound
 from ddad.data.folder import list_kinds, masks_by_image, scan
-from ddad.data.samples import GOOD, SHAPE_MULTIPLE, Dataset, content_hash, model_shape, split_hashes
+from ddad.data.samples import GOOD, SHAPE_MULTIPLE, Dataset, content_hash, model_shape, split_hashes, too_few_to_split
 from ddad.errors import DataError
 from ddad.images import ImageInfo, ImageRule, fit_image_rule, probe, read_image, read_mask
 
@@ -116,11 +116,14 @@ def check(root: str | os.PathLike[str], false_alarms: float = 0.01, image_size: 
     else:
         split = {name: len(part) for name, part in zip(("train", "select", "calibration"), parts, strict=True)}
         different = split["calibration"]  # copies of an image add no evidence
+        if too_few_to_split(sum(split.values()), different, false_alarms):
+            different += split["select"]
         if different < needed:
             message = (
                 f"expected {needed} calibration images for a false-alarm rate of {false_alarms:.3g}, but found "
                 f"{different} among {len(good)} good ones; "
-                f"that promises {promised_rate(different, false_alarms):.2g} only."
+                f"that promises {promised_rate(different, false_alarms):.2g} only, and with "
+                f"{CONFIDENCE:.0%} confidence no more than {rate_bound(different, false_alarms):.2g}."
             )
             # Calibration gets 0.4 of all at most; hash values scatter, so ask for some more.
             advice = f"Bring about {math.ceil(2.8 * needed)} good images, or allow more false alarms."

@@ -17,6 +17,7 @@ MIN_GOOD = 5  # different good images that a split needs
 SHAPE_MULTIPLE = 32  # five halvings in the U-Net
 
 SELECT_FROM = 0.9
+SPLIT_FROM = 100  # good images; with fewer, and too few to rank for the rate, select and calibration are one
 CALIBRATION_LADDER = (0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4)
 
 
@@ -114,6 +115,18 @@ def split_hashes(hashes: Sequence[str], false_alarms: float) -> tuple[list[str],
     counts = [min(max(count, least), spare - select) for count in counts]
     calibration = next((count for count in counts if count >= needed), counts[0])
     return ordered[calibration : n - select], ordered[n - select :], ordered[:calibration]
+
+
+def too_few_to_split(good: int, calibration: int, false_alarms: float) -> bool:
+    """Whether the images that were not trained on are too few for two sets, of which only one ranks.
+
+    They then both give units and rank, in folds (`Detector.calibrate_across`), and nothing may be chosen by them.
+
+    Args:
+        good: all good images.
+        calibration: those that would rank.
+    """
+    return good < SPLIT_FROM and calibration < images_needed(false_alarms)
 
 
 def model_shape(sizes: Iterable[tuple[int, int]], image_size: int) -> tuple[int, int]:
