@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from analytic import GaussianUNet
 from ddad.cli import app
 from ddad.config import make_settings
-from ddad.detector import Detector
+from ddad.data.samples import paths_by_hash
+from ddad.detector import Detector, read_record
 from ddad.features import create_features
 from ddad.results import write_results
 from ddad.unet import create_scheduler
@@ -78,7 +79,7 @@ def test_predict_writes_rows_and_pictures(ideal, data, tmp_path):
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 14
     assert set(rows[0]) == {
-        "path", "anomaly_score", "p_value", "is_anomalous", "threshold", "regions", "files", "error",
+        "path", "anomaly_score", "p_value", "is_anomalous", "threshold", "photo", "regions", "files", "error",
     }  # fmt: skip
     for row in rows:
         if row["path"] == str(broken):
@@ -142,6 +143,81 @@ def test_evaluate_writes_metrics_and_a_report(ideal, data, tmp_path):
     assert page.startswith("<!doctype html>")
     assert "http://" not in re.sub(r"http://www.w3.org\S*", "", page)
     assert "https://" not in page
+    assert "image_f1_max (oracle)" in result.output
+    low, high = metrics["intervals"]["miss_rate"]
+    assert low == 0
+    assert f"0 to {high:.4g}" in result.output
+    assert metrics["baseline"] is None
+
+
+def test_evaluate_beside_a_baseline(ideal, data, tmp_path):
+    paths = paths_by_hash((data / "train/good").iterdir())
+    hashes = sorted(paths)
+    ideal.record = {"data": {"train": hashes[:12], "select": [], "calibration": hashes[12:]}}
+    result = run("evaluate", "MODEL", data, "--out", tmp_path, "--baseline")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    beside = metrics["baseline"]
+    assert beside["name"] == "nearest neighbours"
+    for name in ("image_auroc", "pixel_auroc", "aupro", "false_alarm_rate", "miss_rate"):
+        assert 0 <= beside[name] <= 1
+    assert beside["image_auroc"] > 0.9
+    assert beside["per_kind"]["hole"]["count"] == 6
+    assert "nearest neighbours" in result.output
+    assert "nearest neighbours" in (tmp_path / "report.html").read_text()
+    ideal.record["data"]["train"].append("0" * 64)
+    other = run("evaluate", "MODEL", data, "--out", tmp_path, "--baseline")
+    assert "good images that the model was trained on, found 12 of them" in str(other.exception)
+
+
+def save_calibration(detector, folder):
+    folder.mkdir()
+    record = {"format_version": 1, "calibration": detector.calibration.model_dump(mode="json")}
+    (folder / "detector.json").write_text(json.dumps(record))
+
+
+def test_monitor_warns_of_photographs_unlike_calibration(ideal, tmp_path):
+    folders = {"same": 0, "darker": -30}
+    save_calibration(ideal, tmp_path / "model")
+    for name, shift in folders.items():
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            shifted = np.clip(pixels(500 + i).astype(int) + shift, 0, 255).astype(np.uint8)
+            Image.fromarray(shifted).save(tmp_path / name / f"{i:02d}.png")
+        assert run("predict", "MODEL", tmp_path / name, "--out", tmp_path / f"{name}.out").exit_code == 0
+    options = ("--window", "20", "--alarm-rate", "0.1%")
+    same = run("monitor", tmp_path / "model", tmp_path / "same.out/results.jsonl", *options)
+    assert same.output == "30 photographs, no alarms.\n"
+    darker = run("monitor", tmp_path / "model", tmp_path / "darker.out/results.jsonl", *options)
+    assert darker.exit_code == 0
+    assert "After 20 photographs: The last 20 photographs are darker than at calibration" in darker.output
+    as_json = run("monitor", tmp_path / "model", tmp_path / "darker.out/results.jsonl", *options, "--json")
+    assert "brightness" in {json.loads(line)["what"] for line in as_json.stdout.splitlines()}
+
+
+def test_what_cannot_be_monitored_is_one_sentence(ideal, tmp_path):
+    save_calibration(ideal, tmp_path / "model")
+    for content, sentence in (
+        (None, "Error: Expected a results.jsonl at "),
+        ("[]", "Error: Expected a JSON object in line 1 of "),
+        ('{"path": "x"}', "Error: Expected the results.jsonl of ddad predict, found a row without anomaly_score and p"),
+    ):
+        if content:
+            (tmp_path / "results.jsonl").write_text(content)
+        done = ddad("monitor", tmp_path / "model", tmp_path / "results.jsonl")
+        assert done.returncode == 1
+        assert done.stderr.startswith(sentence)
+        assert done.stderr.count("\n") == 1
+
+
+def test_check_draws_synthetic_defects(data, tmp_path):
+    result = run("check", data, "--image-size", "64", "--synthetic", tmp_path / "sheet.png")
+    assert result.exit_code == 0
+    assert f"are drawn in {tmp_path / 'sheet.png'}." in result.output.replace("\n", " ")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[1] > sheet.shape[0] > 256
+    red = (sheet == (255, 40, 40)).all(axis=2)
+    assert red.any()
 
 
 def test_an_unreadable_test_image_is_left_out_and_named(ideal, data, tmp_path):
@@ -279,10 +355,26 @@ def test_recalibrate_says_what_it_can_promise(trained, tmp_path):
         Image.fromarray(pixels(900 + i)).save(new / f"{i}.png")
     result = run("recalibrate", trained, new, "--out", tmp_path / "model", "--false-alarms", "20%")
     assert result.exit_code == 0, result.output
-    assert "6 good calibration images: about 14 % of good parts are flagged in the long run." in result.output
+    assert "6 good calibration images: about 14 % of good parts are flagged in the long run, with 95 % confide" in (
+        result.output.replace("\n", " ")
+    )
     assert f"Model written to {tmp_path / 'model'}." in result.output
     shown = run("info", tmp_path / "model").output
     assert "+ 6 + 6 (train + select + calibration)" in shown
+
+
+def test_merging_and_too_few_images_to_tune_by(trained, data, tmp_path):
+    new = tmp_path / "new"
+    new.mkdir()
+    for i in range(5):
+        Image.fromarray(pixels(950 + i)).save(new / f"{i}.png")
+    before = read_record(trained)["calibration"]
+    assert run("recalibrate", trained, new, "--out", tmp_path / "model", "--merge").exit_code == 0
+    after = read_record(tmp_path / "model")["calibration"]
+    assert len(after["scores"]) == len(before["scores"]) + 5
+    result = ddad("tune", trained, data, "--out", tmp_path / "other")
+    assert result.returncode == 1
+    assert re.fullmatch(r"Error: Expected at least 8 good images in .* to choose by, .*\n", result.stderr)
 
 
 def test_too_few_images_to_adapt_on_is_one_sentence(trained, data, tmp_path):

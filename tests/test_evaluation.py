@@ -13,8 +13,17 @@ from sklearn.metrics import roc_auc_score
 
 from ddad.data.samples import Sample
 from ddad.errors import DataError
-from ddad.evaluation import METRICS, Evaluation, MeanImageBaseline, evaluate
-from ddad.metrics import PixelMetrics
+from ddad.evaluation import (
+    COMPARED,
+    METRICS,
+    RESAMPLED,
+    Evaluation,
+    MeanImageBaseline,
+    baseline_summary,
+    evaluate,
+    with_baseline,
+)
+from ddad.metrics import PixelMetrics, auroc_difference_interval, rate_interval
 
 SHAPE = (24, 32)
 RECTANGLE = (slice(4, 12), slice(6, 20))
@@ -86,6 +95,49 @@ def test_all_metrics(pairs):
         mask[RECTANGLE] = sample.is_anomalous
         pixels.update(predicted.anomaly_map, mask)
     assert {name: result.metrics[name] for name in pixels.compute()} == pytest.approx(pixels.compute())
+
+
+def test_intervals_stand_around_the_metrics(pairs):
+    result = evaluate(pairs)
+    assert set(result.intervals) == {*RESAMPLED, "false_alarm_rate", "miss_rate"}
+    for name, (low, high) in result.intervals.items():
+        assert 0 <= low <= result.metrics[name] <= high <= 1
+    assert result.intervals["false_alarm_rate"] == rate_interval(1, 6)
+    assert result.intervals["miss_rate"] == rate_interval(1, 4)
+    assert evaluate(pairs).intervals == result.intervals
+
+
+def test_intervals_that_say_little_are_noted(pairs):
+    notes = "\n".join(evaluate([*pairs[:6], pairs[8]]).notes)
+    assert (
+        "image_auroc, image_ap, pixel_auroc, pixel_ap, aupro, aupro_0.05: without an interval, because there" in notes
+    )
+    notes = "\n".join(evaluate([*pairs[:5], *pairs[8:]]).notes)
+    assert "image_auroc, image_ap: an interval without width, because every resample" in notes
+
+
+def test_a_baseline_is_another_evaluation_reduced_to_its_numbers(pairs, tmp_path):
+    result = evaluate(pairs)
+    other = evaluate([(sample, prediction(score, score > 2, predicted.anomaly_map)) for score, (sample, predicted)
+                      in zip((3, 1, 2, 1, 1, 1, 2, 1, 3, 5), pairs, strict=True)])  # fmt: skip
+    summary = baseline_summary(other, "nearest neighbours")
+    assert set(summary) == {"name", "intervals", "per_kind", *COMPARED}
+    assert summary["name"] == "nearest neighbours"
+    assert {name: summary[name] for name in COMPARED} == {name: other.metrics[name] for name in COMPARED}
+    assert summary["intervals"] == other.intervals
+    assert summary["per_kind"] == other.per_kind
+    both = with_baseline(result, other, "nearest neighbours")
+    scores = [[row.anomaly_score for row in rows] for rows in (result.rows, other.rows)]
+    difference = auroc_difference_interval(*scores, [row.is_defective for row in result.rows])
+    assert both.baseline == {**summary, "difference": {"image_auroc": difference}}
+    assert result.baseline is None
+    both.save(tmp_path / "metrics.json")
+    assert Evaluation.load(tmp_path / "metrics.json") == both
+    # Only images that both have seen are compared; with one defective image left, nothing can be said.
+    few = evaluate(pairs[:7])
+    assert with_baseline(result, few, "b").baseline["difference"] == {}
+    assert with_baseline(result, evaluate(pairs[:6]), "b").baseline["difference"] == {}
+    assert with_baseline(result, evaluate(pairs[:8]), "b").baseline["difference"] == {"image_auroc": [0, 0]}
 
 
 def test_each_kind_stands_against_all_good_images(pairs):
@@ -204,9 +256,9 @@ def test_mistakes(pairs, tmp_path):
         DataError, match=r"found no readable file .No such file or directory.; run `ddad evaluate` first"
     ):
         Evaluation.load(tmp_path / "missing.json")
-    for content in ("{}", "[]", "not JSON", '{"format_version": 2}'):
+    for content in ("{}", "[]", "not JSON", '{"format_version": 1}'):
         (tmp_path / "other.json").write_text(content)
-        with pytest.raises(DataError, match=r"format version 1, found something else at .*; run `ddad evaluate` again"):
+        with pytest.raises(DataError, match=r"format version 2, found something else at .*; run `ddad evaluate` again"):
             Evaluation.load(tmp_path / "other.json")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"Expected a place to write .*metrics.json, found that it cannot be written"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddad.evaluation import METRICS, Evaluation, Example, Row
+from ddad.evaluation import COMPARED, METRICS, Evaluation, Example, Row
 from ddad.images import encode_jpeg, encode_png
 from ddad.report import METRIC_NAMES, write_report
 
@@ -30,6 +30,7 @@ EXAMPLES = (
 )
 EVALUATION = Evaluation(
     metrics={**dict.fromkeys(METRICS, 0.75), "false_alarm_rate": 0.5, "miss_rate": 0.5, "mean_image_auroc": 0.6},
+    intervals={"image_auroc": [0.7, 0.8], "miss_rate": [0.0126, 0.9874]},
     counts={"good": 2, "defective": 2},
     per_kind={
         "<b>crack&": {"count": 2, "pixel_auroc": None, "aupro": None}
@@ -45,6 +46,15 @@ EVALUATION = Evaluation(
     date="2030-01-02T03:04:05+00:00",
     examples=EXAMPLES,
 )
+BASELINE = {
+    **dict.fromkeys(COMPARED),
+    "name": "k-next <neighbours>",
+    "image_auroc": 0.625,
+    "miss_rate": 0.25,
+    "intervals": {"image_auroc": [0.55, 0.7]},
+    "per_kind": {"<b>crack&": {"count": 2, "image_auroc": 0.375}},
+    "difference": {"image_auroc": [0.05, 0.2]},
+}
 
 
 class Page(HTMLParser):
@@ -128,6 +138,45 @@ def test_every_metric_is_explained(page):
     assert "Image F1, oracle" in parsed.text
 
 
+def test_intervals_stand_beside_the_metrics(page):
+    parsed, _ = page()
+    assert "Image AUROC 0.750 (0.700 to 0.800)" in parsed.text
+    assert "Miss rate 50 % (1.3 to 98.7 %)" in parsed.text
+    assert "In brackets: 95 % intervals from 2,000 resamples of the test images" in parsed.text
+    assert "k-next" not in parsed.text
+    parsed, _ = page(replace(EVALUATION, intervals={}))
+    assert "Image AUROC 0.750 chance" in parsed.text
+    assert "In brackets" not in parsed.text
+
+
+def test_a_baseline_stands_beside_the_method(page):
+    parsed, html = page(replace(EVALUATION, baseline=BASELINE))
+    assert "Metric DDAD K-next <neighbours> Meaning" in parsed.text
+    assert "Image AUROC 0.750 (0.700 to 0.800) 0.625 (0.550 to 0.700)" in parsed.text
+    assert "Miss rate 50 % (1.3 to 98.7 %) 25 % " in parsed.text
+    assert "Mean-image AUROC 0.600 –" in parsed.text
+    assert "<b>crack& 2 0.500 0.375 0.500 – 50 % – – – – –" in parsed.text
+    assert "<neighbours>" not in html
+
+
+@pytest.mark.parametrize(
+    ("difference", "sentence"),
+    [
+        ([0.05, 0.2], "DDAD is better than k-next <neighbours> beyond chance: 0.750 against 0.625 in image AUROC, a "
+                      "difference of +0.050 to +0.200."),
+        ([-0.2, -0.05], "DDAD is worse than k-next <neighbours> beyond chance: 0.750 against 0.625 in image AUROC, a "
+                        "difference of −0.200 to −0.050."),
+        ([-0.05, 0.2], "DDAD cannot be told from k-next <neighbours> on these images: 0.750 against 0.625"),
+        ([0, 0], "DDAD cannot be told from k-next <neighbours> on these images"),
+        (None, "Beside k-next <neighbours> DDAD reaches 0.750 against 0.625 in image AUROC; there are too few images"),
+    ],
+)  # fmt: skip
+def test_the_headline_says_whether_the_baseline_is_beaten(page, difference, sentence):
+    found = {} if difference is None else {"image_auroc": difference}
+    parsed, _ = page(replace(EVALUATION, baseline={**BASELINE, "difference": found}))
+    assert sentence in parsed.text
+
+
 def test_names_from_folders_are_escaped(page):
     parsed, html = page()
     assert "<b>" not in html
@@ -169,6 +218,7 @@ def test_what_is_missing_is_a_dash(page):
     empty = replace(
         EVALUATION,
         metrics=dict.fromkeys(METRICS),
+        intervals={},
         counts={"good": 2, "defective": 0},
         per_kind={},
         threshold=None,

@@ -19,6 +19,7 @@ from ddad.data.samples import (
     model_shape,
     split_good,
     split_hashes,
+    spread,
 )
 from ddad.errors import ConfigError, DataError
 
@@ -166,3 +167,8 @@ def test_image_size_must_be_a_multiple_of_32(wrong, use):
     assert str(caught.value) == f"expected a positive multiple of 32 as image size, got {wrong}; use {use}."
     with pytest.raises(DataError, match="expected the size of at least 1 good image, but found none"):
         model_shape([], 64)
+
+
+def test_images_are_spread_evenly():
+    assert spread([f"{i}" for i in range(10)], 5) == ["0", "2", "4", "6", "8"]
+    assert spread(["a"], 5) == ["a"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ddad.comparison import METRICS
 from ddad.config import PRESETS, Settings, parse_settings
 from ddad.data.folder import scan
-from ddad.data.samples import Dataset, Sample, paths_by_hash
+from ddad.data.samples import Dataset, Sample, paths_by_hash, spread
 from ddad.detector import Detector
 from ddad.errors import ConfigError, DataError
 from ddad.evaluation import evaluate
@@ -26,7 +26,6 @@ from ddad.features import create_features
 from ddad.files import write_json, write_text
 from ddad.images import read_image
 from ddad.report import PAPER_BATCH, inspect
-from ddad.tuning import spread
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,13 @@ def run_ablation(
         evaluation = evaluate(
             inspect(detector, samples, PAPER_BATCH, workers, notes), crop=settings.scoring.crop, max_examples=0
         )
-        rows.append({"variant": variant.name, **{metric: evaluation.metrics[metric] for metric in METRICS}})
+        rows.append(
+            {
+                "variant": variant.name,
+                **{metric: evaluation.metrics[metric] for metric in METRICS},
+                "intervals": {metric: evaluation.intervals.get(metric) for metric in METRICS},
+            }
+        )
         write_json(path, {"identity": identity, "rows": rows})
         on_stage(f"{number} of {len(ordered)}: {variant.name}: image AUROC {_number(rows[-1]['image_auroc'])}.")
     rows.sort(key=lambda row: [variant.name for variant in variants].index(row["variant"]))
@@ -240,8 +245,14 @@ def _twin(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
 
 def _markdown(title: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [title, "", f"| variant | {' | '.join(METRICS.values())} |", "|---|" + "---|" * len(METRICS)]
-    lines += [f"| {row['variant']} | {' | '.join(_number(row[name]) for name in METRICS)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    for row in rows:
+        cells = (_number(row[name]) + _between(row["intervals"][name]) for name in METRICS)
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "In brackets: 95 % intervals, resampled over test images."]) + "\n"
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.3f}-{interval[1]:.3f})"
 
 
 def _number(value: float | None) -> str:

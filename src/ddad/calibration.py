@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddad import conformal
 from ddad.anomaly_map import fuse, smooth, standardise
+from ddad.drift import FALSE_ALARMS, WINDOW, DriftMonitor, PhotoStatistics
 from ddad.errors import DataError
 
 PRIOR_IMAGES = 10
@@ -42,6 +43,8 @@ class Calibration(BaseModel):
     """Scores of the calibration images, rising."""
     folds: int | None = None
     """Of a cross-conformal calibration: images that gave units also ranked, each in units from the other folds."""
+    photographs: tuple[PhotoStatistics, ...] = ()
+    """What the good images look like that gave units or ranked."""
 
     @property
     def promised_rate(self) -> float | None:
@@ -56,6 +59,19 @@ class Calibration(BaseModel):
         if self.false_alarms is None:
             return None
         return conformal.rate_bound(len(self.scores), self.false_alarms)
+
+    def monitor(self, window: int = WINDOW, false_alarms: float = FALSE_ALARMS) -> DriftMonitor:
+        """A monitor that compares further photographs with the calibration images; raises as `DriftMonitor`.
+
+        Raises:
+            DataError: there are no calibration images.
+        """
+        if not self.scores or not self.photographs:
+            raise DataError(
+                "Expected a calibrated model to compare photographs with, found none; run ddad recalibrate with good "
+                "images."
+            )
+        return DriftMonitor(self.scores, self.photographs, window=window, false_alarms=false_alarms)
 
     def promise(self) -> str:
         """What the calibration images can and cannot promise, in a few sentences."""
@@ -162,7 +178,12 @@ def cross_scores(
 
 
 def calibrate(
-    scales: Sequence[float], scores: Sequence[float], false_alarms: float, folds: int | None = None
+    scales: Sequence[float],
+    scores: Sequence[float],
+    false_alarms: float,
+    *,
+    folds: int | None = None,
+    photographs: Sequence[PhotoStatistics] = (),
 ) -> Calibration:
     """Threshold from the scores of the calibration images.
 
@@ -179,6 +200,7 @@ def calibrate(
         threshold=conformal.threshold(np.asarray(scores), false_alarms),
         scores=tuple(sorted(float(score) for score in scores)),
         folds=folds,
+        photographs=tuple(photographs),
     )
 
 

@@ -100,6 +100,9 @@ def check(
     data: Data,
     false_alarms: FalseAlarms = 0.01,
     image_size: ImageSize = IMAGE_SIZE,
+    synthetic: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Also draw the synthetic defects that choices are made on.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what is wrong with a folder of images, and how to mend it."""
@@ -112,6 +115,12 @@ def check(
         _print_check(report)
     if not report.can_train:
         raise typer.Exit(1)
+    if synthetic:
+        from ddad.data.synthetic import draw_examples
+
+        draw_examples(data, synthetic)
+        if not as_json:
+            print(f"Synthetic defects, each outlined in red, are drawn in {synthetic}.")
 
 
 @app.command()
@@ -220,6 +229,9 @@ def evaluate(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder for metrics.json and report.html.")],
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also judge nearest-neighbour features of the same images.")
+    ] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images inspected together; only scores as published depend on it.")
     ] = None,
@@ -233,7 +245,7 @@ def evaluate(
 
     detector = Detector.from_pretrained(model, device=device)
     with _Interruptible():
-        evaluation = evaluate_folder(detector, data, out, batch_size=batch_size, workers=workers)
+        evaluation = evaluate_folder(detector, data, out, baseline=baseline, batch_size=batch_size, workers=workers)
     _print_evaluation(evaluation, out, as_json)
 
 
@@ -274,6 +286,56 @@ def adapt(
     with _Interruptible():
         detector = adapt_model(model, data, out, epochs=epochs, device=device, workers=workers, on_stage=print)
     _print_calibrated(detector, out or model)
+
+
+@app.command()
+def tune(
+    model: Model,
+    data: Data,
+    out: OutModel = None,
+    time_budget: Annotated[
+        float | None, typer.Option(parser=_duration, metavar="TIME", help="For the search; by default 10m.")
+    ] = None,
+    device: Device = None,
+    workers: Workers = 2,
+) -> None:
+    """Choose a model's settings on good images and synthetic defects, and calibrate it again."""
+    from ddad.refit import DEFAULT_SECONDS
+    from ddad.refit import tune as tune_model
+
+    with _Interruptible():
+        seconds = time_budget or DEFAULT_SECONDS
+        detector = tune_model(model, data, out, seconds=seconds, device=device, workers=workers, on_stage=print)
+    _print_calibrated(detector, out or model)
+
+
+@app.command()
+def monitor(
+    model: Model,
+    results: Annotated[Path, typer.Argument(help="The results.jsonl of ddad predict, in the order of inspection.")],
+    window: Annotated[int | None, typer.Option(min=2, help="Photographs compared at a time; by default 50.")] = None,
+    alarm_rate: Annotated[
+        float | None,
+        typer.Option(
+            parser=_rate, metavar="RATE", help="Expected alarms per window of good photographs; by default 0.01%."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Warn where photographs are no longer like those of calibration; the threshold stays."""
+    from ddad.calibration import Calibration
+    from ddad.detector import read_record
+    from ddad.drift import FALSE_ALARMS, WINDOW, watch
+    from ddad.results import read_results
+
+    calibration = Calibration.model_validate(read_record(model)["calibration"] or {"scales": ()})
+    watcher = calibration.monitor(window or WINDOW, alarm_rate or FALSE_ALARMS)
+    alarms = 0
+    for alarm in watch(watcher, read_results(results)):
+        alarms += 1
+        print(alarm.model_dump_json() if as_json else f"After {alarm.images} photographs: {alarm.message}")
+    if not as_json:
+        print(f"{watcher.images} photographs, {alarms or 'no'} {'alarm' if alarms == 1 else 'alarms'}.")
 
 
 @app.command()
@@ -500,14 +562,22 @@ def _print_evaluation(evaluation: "Evaluation", out: Path, as_json: bool) -> Non
     if as_json:
         print(json.dumps(evaluation.to_dict(), indent=2))
         return
-    table = Table("metric", "value", box=None)
+    beside = evaluation.baseline
+    table = Table("metric", "value", "95 % interval", *([beside["name"]] if beside else []), box=None)
     for name, value in evaluation.metrics.items():
-        table.add_row(name, "-" if value is None else f"{value:.4g}")
+        label = f"{name} (oracle)" if name == "image_f1_max" else name
+        interval = evaluation.intervals.get(name)
+        between = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+        table.add_row(label, _figure(value), between, *([_figure(beside.get(name))] if beside else []))
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     for note in evaluation.notes:
         console.print(note, markup=False)
     console.print(f"Written to {out / 'metrics.json'} and {out / 'report.html'}.", markup=False)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 class _Interruptible:

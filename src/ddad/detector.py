@@ -43,6 +43,7 @@ from ddad.calibration import (
     weighted,
 )
 from ddad.config import Settings, parse_settings
+from ddad.drift import PhotoStatistics, photo_statistics
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
 from ddad.files import atomic_folder, write_json, write_text
@@ -219,6 +220,10 @@ class Detector:
         """
         return self._only_centre(weighted(distances, units or self._units(distances.shape[1]), self.weights))
 
+    def image_score(self, maps: Tensor) -> Tensor:
+        """Image scores (B,) of maps (B, H, W), as the settings say."""
+        return image_score(maps, self.settings.scoring.peak_share)
+
     def _units(self, kinds: int) -> Units:
         return Units(self.statistics, self.calibration.scales if self.calibration else (1.0,) * kinds)
 
@@ -249,9 +254,10 @@ class Detector:
             select: images that give the units of the maps.
             calibration: other images that give the distribution of scores and the threshold.
         """
-        units = self._use_units(self._compared(select, batch_size))
-        scores = self.score(calibration, batch_size)
-        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms)
+        seen: list[PhotoStatistics] = []
+        units = self._use_units(self._compared(_looked_at(select, seen), batch_size))
+        scores = self.score(_looked_at(calibration, seen), batch_size)
+        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms, photographs=seen)
 
     def calibrate_across(self, images: Iterable[np.ndarray], folds: int = FOLDS, batch_size: int = 4) -> None:
         """Set `calibration` from so few good images that each must both give units and rank (cross-conformal).
@@ -263,13 +269,14 @@ class Detector:
             images: uint8, model shape; nothing may have been chosen by them. At least two.
             folds: at most so many; every image its own fold where there are fewer images.
         """
-        distances = self._compared(images, batch_size)
+        seen: list[PhotoStatistics] = []
+        distances = self._compared(_looked_at(images, seen), batch_size)
         folds = min(folds, len(distances))
         scores = cross_scores(
-            distances, folds, self._by_position, lambda some, units: image_score(self.fuse(some, units))
+            distances, folds, self._by_position, lambda some, units: self.image_score(self.fuse(some, units))
         )
         units = self._use_units(distances)
-        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms, folds)
+        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms, folds=folds, photographs=seen)
 
     def add_to_calibration(self, images: Iterable[np.ndarray], batch_size: int = 4) -> None:
         """Add the scores of more good images (uint8, model shape) to those there are; units stay.
@@ -279,9 +286,14 @@ class Detector:
         """
         if self.calibration is None or not self.calibration.scores:
             raise ConfigError("Expected a calibrated model to add scores to, found none; recalibrate without --merge.")
-        scores = [*self.calibration.scores, *self.score(images, batch_size)]
+        seen = [*self.calibration.photographs]
+        scores = [*self.calibration.scores, *self.score(_looked_at(images, seen), batch_size)]
         self.calibration = calibrate(
-            self.calibration.scales, scores, self.settings.false_alarms, self.calibration.folds
+            self.calibration.scales,
+            scores,
+            self.settings.false_alarms,
+            folds=self.calibration.folds,
+            photographs=seen,
         )
 
     def score(self, images: Iterable[np.ndarray], batch_size: int = 4) -> list[float]:
@@ -289,7 +301,7 @@ class Detector:
         return [
             score
             for chunk in _chunks(images, batch_size)
-            for score in image_score(self.fuse(self.compare(chunk)[0])).tolist()
+            for score in self.image_score(self.fuse(self.compare(chunk)[0])).tolist()
         ]
 
     @property
@@ -374,7 +386,7 @@ class Detector:
             maps = self._only_centre(self.smooth(fuse_batch_max(distances.unbind(dim=1), self.weights)).clamp(min=0))
         else:
             maps = self.fuse(self.smooth(distances))
-        scores = image_score(maps).tolist()
+        scores = self.image_score(maps).tolist()
         drawn = ((reconstructions.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         ranking = None if batch_max or self.calibration is None else Ranking(self.calibration)
         limit = ranking.calibration.threshold if ranking else None
@@ -392,7 +404,7 @@ class Detector:
                     anomaly_map=anomaly_map,
                     reconstruction=reconstruction,
                     image=photo.image,
-                    regions=() if limit is None else regions(anomaly_map, limit, photo.size),
+                    regions=regions(anomaly_map, limit, photo.size) if limit is not None and score > limit else (),
                 )
             )
         return results
@@ -510,6 +522,13 @@ def _generator(image: np.ndarray, draw: int) -> torch.Generator:
     """Noise that depends on the pixels and the number of the draw alone: the same image, the same noise."""
     digest = hashlib.sha256(image.tobytes()).digest()
     return torch.Generator().manual_seed((int.from_bytes(digest[:7], "little") + draw) % 2**63)
+
+
+def _looked_at(images: Iterable[np.ndarray], seen: list[PhotoStatistics]) -> Iterator[np.ndarray]:
+    """The images as they come, with what each looks like added to `seen`."""
+    for image in images:
+        seen.append(photo_statistics(image))
+        yield image
 
 
 def _chunks(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:

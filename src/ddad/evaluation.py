@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,7 +31,16 @@ from ddad.anomaly_map import centre
 from ddad.detector import package_versions
 from ddad.errors import DataError
 from ddad.files import write_json
-from ddad.metrics import EXACT_LIMIT, PixelMetrics, image_metrics, pixel_metrics
+from ddad.metrics import (
+    EXACT_LIMIT,
+    PixelMetrics,
+    auroc_difference_interval,
+    image_intervals,
+    image_metrics,
+    pixel_intervals,
+    pixel_metrics,
+    rate_interval,
+)
 
 if TYPE_CHECKING:
     from ddad.data.samples import Sample
@@ -51,9 +60,22 @@ METRICS = (
     "seconds_per_image",
     "peak_memory_mb",
 )
-PLAIN_FIELDS = ("counts", "per_kind", "threshold", "false_alarms", "settings", "versions", "machine", "date")
+RESAMPLED = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "aupro_0.05")  # bootstrap intervals
+COMPARED = tuple(name for name in METRICS if name not in ("mean_image_auroc", "peak_memory_mb"))  # with a baseline
+PLAIN_FIELDS = (
+    "intervals",
+    "counts",
+    "per_kind",
+    "baseline",
+    "threshold",
+    "false_alarms",
+    "settings",
+    "versions",
+    "machine",
+    "date",
+)
 PICTURE_SIZE = 256  # pixels of the longer side of the example pictures
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,7 @@ class Evaluation:
     """The result of `evaluate`; `save` and `load` keep everything but the example pictures."""
 
     metrics: dict[str, float | None]  # one entry per name in METRICS; None where a note says why
+    intervals: dict[str, list[float]]  # 95 %: [low, high] around metrics; a note says why where one is missing
     counts: dict[str, int]  # of "good" and "defective" images
     per_kind: dict[str, dict[str, float | None]]
     threshold: float | None
@@ -95,6 +118,7 @@ class Evaluation:
     versions: dict[str, str]
     machine: dict[str, str]
     date: str  # ISO 8601, UTC
+    baseline: dict[str, Any] | None = None  # another detector on the same images, see `with_baseline`
     examples: tuple[Example, ...] = field(default=(), compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +162,39 @@ class Evaluation:
                 f"expected the metrics.json of an evaluation, format version {FORMAT_VERSION}, found something else at "
                 f"{path} ({type(error).__name__}: {error}); run `ddad evaluate` again."
             ) from error
+
+
+def baseline_summary(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """An evaluation of another detector reduced to its numbers, JSON-ready.
+
+    Returns:
+        `name`; the metrics in `COMPARED`, in the units of `Evaluation.metrics`; `intervals`; `per_kind`.
+    """
+    return {
+        "name": name,
+        **{metric: evaluation.metrics[metric] for metric in COMPARED},
+        "intervals": evaluation.intervals,
+        "per_kind": evaluation.per_kind,
+    }
+
+
+def with_baseline(evaluation: Evaluation, baseline: Evaluation, name: str) -> Evaluation:
+    """`evaluation` with the `baseline_summary` of another detector on the same test images.
+
+    Its entry `difference` holds the 95 % interval of `image_auroc` here minus there, over the images both could read:
+    {"image_auroc": [low, high]}, empty where the classes are too small for one.
+    """
+    theirs = {row.path: row.anomaly_score for row in baseline.rows}
+    rows = [row for row in evaluation.rows if row.path in theirs]
+    interval = None
+    if len({row.is_defective for row in rows}) == 2:
+        interval = auroc_difference_interval(
+            [row.anomaly_score for row in rows],
+            [theirs[row.path] for row in rows],
+            [row.is_defective for row in rows],
+        )
+    difference = {} if interval is None else {"image_auroc": interval}
+    return replace(evaluation, baseline={**baseline_summary(baseline, name), "difference": difference})
 
 
 class MeanImageBaseline:
@@ -208,7 +265,7 @@ def evaluate(
         crop: share of each side, in the centre, that the pixel metrics see; None: all. As published: 224 / 256.
 
     Returns:
-        The evaluation. What cannot be computed is None and has an entry in `notes`.
+        The evaluation, without a `baseline`. What cannot be computed is None and has an entry in `notes`.
 
     Raises:
         DataError: there are no predictions, a score is not finite, or a mask does not fit.
@@ -266,8 +323,14 @@ def evaluate(
     ]
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     good, defective = ([row for row in rows if row.is_defective is label] for label in (False, True))
-    metrics.update(_or_note(notes, "The image metrics", _image_metrics, rows))
-    metrics.update(_or_note(notes, "The pixel metrics", pixel_metrics, list(pixels.values())))
+    intervals: dict[str, list[float]] = {}
+    parts = list(pixels.values())
+    if of_images := _or_note(notes, "The image metrics", _image_metrics, rows):
+        metrics.update(of_images)
+        intervals |= image_intervals([row.anomaly_score for row in rows], [row.is_defective for row in rows])
+    if of_pixels := _or_note(notes, "The pixel metrics", pixel_metrics, parts):
+        metrics.update(of_pixels)
+        intervals |= pixel_intervals(parts, of_pixels)
     if not all(part.is_exact for part in pixels.values()):
         notes.append(
             f"The pixel metrics come from a histogram of bins at most 0.05 % wide, because the test set has more than "
@@ -275,9 +338,21 @@ def evaluate(
         )
     metrics["false_alarm_rate"], metrics["miss_rate"] = _verdict_share(good, True), _verdict_share(defective, False)
     for name, group, what in (("false_alarm_rate", good, "good"), ("miss_rate", defective, "defective")):
-        if metrics[name] is None:
+        if (rate := metrics[name]) is None:
             why = "the predictions carry no verdict" if group else f"there are no {what} test images"
             notes.append(f"{name} is missing because {why}.")
+        else:
+            intervals[name] = rate_interval(round(rate * len(group)), len(group))
+    if bare := [name for name in RESAMPLED if metrics[name] is not None and name not in intervals]:
+        notes.append(
+            f"{', '.join(bare)}: without an interval, because there are fewer than two good or two defective images to "
+            "resample, or nearly all scores lie within a few percent of each other."
+        )
+    if alike := [name for name in RESAMPLED if name in intervals and np.ptp(intervals[name]) < 1e-6]:
+        notes.append(
+            f"{', '.join(alike)}: an interval without width, because every resample of these images gives the same "
+            "value; other images may still give another."
+        )
     if baseline is None:
         notes.append("mean_image_auroc is missing because no mean-image baseline was given.")
     else:
@@ -309,6 +384,7 @@ def evaluate(
         }
     return Evaluation(
         metrics=metrics,
+        intervals=intervals,
         counts={"good": len(good), "defective": len(defective)},
         per_kind=per_kind,
         threshold=thresholds.pop() if len(thresholds) == 1 else None,

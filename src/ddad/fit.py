@@ -25,7 +25,7 @@ from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.config import Settings
 from ddad.data.folder import scan
-from ddad.data.samples import Dataset, Split, fingerprint, model_shape, split_good, too_few_to_split
+from ddad.data.samples import Dataset, Split, fingerprint, model_shape, split_good, spread, too_few_to_split
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, ModelError
 from ddad.features import create_features
@@ -33,7 +33,7 @@ from ddad.files import remove_leftovers, write_json
 from ddad.images import ImageRule, fit_image_rule, probe, read_image
 from ddad.sampling import to_unit
 from ddad.training import Progress, Trainer
-from ddad.tuning import DEFECTS, MOST_ADAPTED, MOST_JUDGED, adapt_features, can_adapt, spread
+from ddad.tuning import DEFECTS, MOST_ADAPTED, MOST_JUDGED, adapt_features, can_adapt
 from ddad.unet import choose_device, create_scheduler, create_unet, parameter_count
 
 CACHE_SHARE = 0.4

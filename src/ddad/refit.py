@@ -1,7 +1,8 @@
 """Parts of `ddad train` done again on a finished model: calibrate on other good images, adapt its features."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
-from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, too_few_to_split
+from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, spread, too_few_to_split
 from ddad.detector import Detector, check_place
 from ddad.errors import ConfigError, DataError
 from ddad.files import remove_leftovers
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
-from ddad.tuning import adapt_features, can_adapt, spread
+from ddad.tuning import FEWEST_JUDGED, adapt_features, can_adapt
+from ddad.tuning import tune as choose
 
+DEFAULT_SECONDS = 600.0
+"""For a search of settings."""
 FEWEST = 4
 """Good images that were not trained on: two to give units, two to rank."""
 
@@ -78,24 +82,17 @@ def recalibrate(
         DataError: too few good images that were not trained on.
     """
     out = Path(out or model)
-    run = out.with_name(out.name + ".adapt")
     check_place(out)
-    with locked(run):
-        remove_leftovers(out.parent, out.name)
-        try:
-            detector = Detector.from_pretrained(model, device=device)
-            if false_alarms is not None:
-                detector.settings = detector.settings.model_copy(update={"false_alarms": false_alarms})
-            paths = paths_by_hash(sample.path for sample in scan(data).train)
-            if merge:
-                _merge(detector, paths, data, workers)
-            else:
-                _calibrate_anew(detector, paths, data, workers)
-            detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
-        finally:
-            (run / "lock").unlink()
-            if not any(run.iterdir()):  # else an adaptation was begun there, and goes on later
-                run.rmdir()
+    with _alone(out):
+        detector = Detector.from_pretrained(model, device=device)
+        if false_alarms is not None:
+            detector.settings = detector.settings.model_copy(update={"false_alarms": false_alarms})
+        paths = paths_by_hash(sample.path for sample in scan(data).train)
+        if merge:
+            _merge(detector, paths, data, workers)
+        else:
+            _calibrate_anew(detector, paths, data, workers)
+        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
     return detector
 
 
@@ -182,17 +179,73 @@ def adapt(
     parts = _Parts(paths, train, select, calibration)
     parts.check(data)
     check_place(out)
-    run = out.with_name(out.name + ".adapt")
-    with locked(run):
-        remove_leftovers(out.parent, out.name)
+    with _alone(out) as run:
         images, others = parts.cache(train, detector, workers), parts.cache(select, detector, workers)
         store = CheckpointStore(run / "adaptation")
         detector.record["adaptation"] = adapt_features(detector, images, others, settings.epochs, store, on_stage)
         on_stage("Calibrating on good images that were not trained on.")
         _calibrate(detector, parts, workers)
         detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
-        shutil.rmtree(run)
+        shutil.rmtree(store.folder, ignore_errors=True)
     return detector
+
+
+def tune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    seconds: float = DEFAULT_SECONDS,
+    device: str | None = None,
+    workers: int = 2,
+    on_stage: Callable[[str], None] = lambda sentence: None,
+) -> Detector:
+    """Choose a model's settings on good images and synthetic defects, and calibrate it again.
+
+    Args:
+        model: a model folder.
+        data: its good images: a folder in MVTec layout, or a folder of good images.
+        out: where to; by default the model is replaced.
+        seconds: for the search.
+
+    Raises:
+        ConfigError: another process is at it.
+        DataError: too few good images to choose by, or they are not those of the model.
+    """
+    out = Path(out or model)
+    check_place(out)
+    with _alone(out):
+        detector = Detector.from_pretrained(model, device=device)
+        known = detector.record.get("data", {})
+        paths = paths_by_hash(sample.path for sample in scan(data).train)
+        train, select, calibration = (
+            [one for one in known.get(part, ()) if one in paths] for part in ("train", "select", "calibration")
+        )
+        parts = _Parts(paths, train, select, calibration)
+        across = detector.calibration is not None and detector.calibration.folds is not None
+        if across or len(select) < FEWEST_JUDGED or not calibration:
+            raise DataError(
+                f"Expected at least {FEWEST_JUDGED} good images in {data} to choose by, beside those that the model "
+                f"was trained on and those that rank, found {0 if across else len(select)}; train on more good images."
+            )
+        detector.record["tuning"] = choose(detector, parts.cache(select, detector, workers), seconds, on_stage)
+        _calibrate(detector, parts, workers)
+        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
+    return detector
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[Path]:
+    """The folder of an adaptation, locked; left behind only where one was begun there and goes on later."""
+    run = out.with_name(out.name + ".adapt")
+    with locked(run):
+        remove_leftovers(out.parent, out.name)
+        try:
+            yield run
+        finally:
+            (run / "lock").unlink()
+            if not any(run.iterdir()):
+                run.rmdir()
 
 
 def _calibrate(detector: Detector, parts: _Parts, workers: int) -> None:
@@ -200,7 +253,8 @@ def _calibrate(detector: Detector, parts: _Parts, workers: int) -> None:
     known = detector.record.get("data", {})
     few = too_few_to_split(len(select) + len(calibration), len(calibration), detector.settings.false_alarms)
     # What a choice was made on must never rank.
-    if few and not (detector.record.get("adaptation", {}).get("history") and known.get("select")):
+    chosen = detector.record.get("adaptation", {}).get("history") or detector.record.get("tuning")
+    if few and not (chosen and known.get("select")):
         detector.calibrate_across([*select, *calibration])
     else:
         detector.calibrate(spread(select, MOST_SELECT), calibration)

@@ -14,13 +14,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ddad import images
+from ddad.baseline import fit_baseline
 from ddad.data.folder import scan
 from ddad.data.samples import Dataset, Sample
 from ddad.detector import Detector, Prediction
 from ddad.errors import DataError
-from ddad.evaluation import Evaluation, Example, MeanImageBaseline, Row, evaluate
+from ddad.evaluation import Evaluation, Example, MeanImageBaseline, Row, evaluate, with_baseline
 from ddad.files import write_text
 from ddad.images import read_image
+from ddad.metrics import RESAMPLES
 
 METRIC_NAMES = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one; 0.5 is guessing"),
@@ -36,8 +38,17 @@ METRIC_NAMES = {
     "seconds_per_image": ("Seconds per image", "prediction, reading included"),
     "peak_memory_mb": ("Peak memory (MB)", "of the whole process"),
 }
+SHARES = ("false_alarm_rate", "miss_rate")  # shown in percent
+KIND_COLUMNS = {  # of the table of defect kinds: metric, heading, whether it is shown in percent
+    "image_auroc": ("Image AUROC", False),
+    "image_ap": ("Image AP", False),
+    "miss_rate": ("Missed", True),
+    "pixel_auroc": ("Pixel AUROC", False),
+    "aupro": ("AUPRO", False),
+}
 WORST = 6  # images in each of the two lists of mistakes
 BINS = 40
+UNIT = "\xa0%"
 PAPER_BATCH = 16
 
 
@@ -61,13 +72,18 @@ def write_report(evaluation: Evaluation, path: str | Path, *, title: str, limit:
     )
     environment.filters["number"] = _number
     environment.filters["percent"] = _percent
+    environment.filters["interval"] = _interval
     cards = [_card(example, limit) for example in evaluation.examples]
     good, defective = ([card for card in cards if card["row"].is_defective is label] for label in (False, True))
     page = environment.get_template("report.html").render(
         title=title,
         evaluation=evaluation,
+        ours={**evaluation.metrics, "intervals": evaluation.intervals},
+        resamples=RESAMPLES,
         headline=_headline(evaluation),
         metric_names=METRIC_NAMES,
+        shares=SHARES,
+        kind_columns=KIND_COLUMNS,
         histogram=_histogram(rows, evaluation.threshold),
         cards=cards,
         worst_good=sorted(good, key=lambda card: -card["row"].anomaly_score)[:WORST],
@@ -78,16 +94,23 @@ def write_report(evaluation: Evaluation, path: str | Path, *, title: str, limit:
 
 
 def evaluate_folder(
-    detector: Detector, data: str | Path | Dataset, out: str | Path, *, batch_size: int | None = None, workers: int = 1
+    detector: Detector,
+    data: str | Path | Dataset,
+    out: str | Path,
+    *,
+    baseline: bool = False,
+    batch_size: int | None = None,
+    workers: int = 1,
 ) -> Evaluation:
     """Inspect the test images of a folder in MVTec layout, or of a `Dataset`; write `metrics.json` and `report.html`.
 
     Args:
+        baseline: also judge nearest-neighbour features, which remember the images that the model was trained on.
         batch_size: images inspected together; by default 4, or, where scores depend on it, the paper's 16.
 
     Raises:
         DataError: there are no test images, or a mask cannot be read. A test image that cannot be read is left out, and
-            a note says so.
+            a note says so. With `baseline`, also: the good images are not those that the model was trained on.
     """
     dataset = data if isinstance(data, Dataset) else scan(data)
     if not dataset.test:
@@ -95,8 +118,9 @@ def evaluate_folder(
             f"Expected labelled test images in {dataset.root / 'test'}, found none; "
             "evaluation needs test/good and test/<defect> folders."
         )
+    neighbours = fit_baseline(detector, dataset, workers=workers) if baseline else None
     good = (read_image(sample.path, detector.shape, detector.image_rule) for sample in dataset.train)
-    baseline = MeanImageBaseline().fit(good)
+    mean_image = MeanImageBaseline().fit(good)
     notes: list[str] = []
     batch_max = detector.settings.scoring.fusion == "batch-max"
     if batch_size is None:
@@ -111,11 +135,16 @@ def evaluate_folder(
     evaluation = evaluate(
         inspect(detector, dataset.test, batch_size, workers, notes),
         false_alarms=detector.calibration.promised_rate if detector.calibration else None,
-        baseline=baseline,
+        baseline=mean_image,
         settings=detector.settings.model_dump(mode="json"),
         crop=detector.settings.scoring.crop,
     )
     evaluation = replace(evaluation, notes=(*evaluation.notes, *notes))
+    if neighbours:
+        theirs = evaluate(
+            neighbours.inspect(dataset.test, workers=workers), crop=detector.settings.scoring.crop, max_examples=0
+        )
+        evaluation = with_baseline(evaluation, theirs, "nearest neighbours")
     out = Path(out)
     evaluation.save(out / "metrics.json")
     write_report(evaluation, out / "report.html", title=f"{dataset.category}: inspection report")
@@ -147,6 +176,8 @@ def _headline(evaluation: Evaluation) -> list[str]:
             f"The plain distance to the mean good image does no worse ({_percent(baseline)}), "
             "so this test set does not show what the method adds."
         )
+    if auroc is not None and evaluation.baseline is not None and evaluation.baseline["image_auroc"] is not None:
+        sentences.append(_comparison(auroc, evaluation.baseline))
     if (miss_rate := metrics["miss_rate"]) is not None:
         missed = round(miss_rate * counts["defective"])
         sentences.append(f"{missed} of {counts['defective']} defective images were missed ({_percent(miss_rate)}).")
@@ -163,6 +194,24 @@ def _headline(evaluation: Evaluation) -> list[str]:
     if (aupro := metrics["aupro"]) is not None:
         sentences.append(f"Defects are located with an AUPRO of {_number(aupro)}.")
     return sentences
+
+
+def _comparison(auroc: float, baseline: dict[str, Any]) -> str:
+    """Whether the method is above the baseline on image AUROC beyond chance."""
+    name = baseline["name"]
+    pair = f"{_number(auroc)} against {_number(baseline['image_auroc'])} in image AUROC"
+    if (interval := baseline.get("difference", {}).get("image_auroc")) is None:
+        return f"Beside {name} DDAD reaches {pair}; there are too few images to tell whether that is chance."
+    low, high = interval
+    judged = (
+        f"DDAD is better than {name} beyond chance"
+        if low > 0
+        else f"DDAD is worse than {name} beyond chance"
+        if high < 0
+        else f"DDAD cannot be told from {name} on these images"
+    )
+    difference = f"{low:+.3f} to {high:+.3f}".replace("-", "−")
+    return f"{judged}: {pair}, a difference of {difference}."
 
 
 def _histogram(rows: Sequence[Row], threshold: float | None) -> dict[str, Any]:
@@ -237,4 +286,9 @@ def _number(value: float | int | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "\xa0%"
+    return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + UNIT
+
+
+def _interval(bounds: Sequence[float], percent: bool = False) -> str:
+    low, high = (_percent(bound) if percent else _number(bound) for bound in bounds)
+    return f"{low.removesuffix(UNIT)} to {high}"

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ddad.detector import Detector, Prediction
+from ddad.drift import photo_statistics
 from ddad.errors import DataError
 from ddad.images import heatmap, overlay, read_image, write_png
 
@@ -63,10 +64,38 @@ def to_row(path: Path | str, result: Prediction | DataError) -> dict[str, Any]:
         "p_value": ok and ok.p_value,
         "is_anomalous": ok and ok.is_anomalous,
         "threshold": ok and ok.threshold,
+        "photo": photo_statistics(ok.image)._asdict() if ok else None,
         "regions": [asdict(region) for region in ok.regions] if ok else [],
         "files": {},
         "error": None if ok else str(result),
     }
+
+
+def read_results(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `results.jsonl`.
+
+    Raises:
+        DataError: there is no such file, or a line is something else.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield _parsed(line, f"line {number} of {path}")
+    except OSError as error:
+        raise DataError(
+            f"Expected a results.jsonl at {path}, found none that can be read ({error.strerror}); run ddad predict "
+            "first."
+        ) from None
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(f"Expected a JSON object in {where}, found something else; run ddad predict again.")
+    return row
 
 
 def _write_pictures(detector: Detector, path: Path, prediction: Prediction, out: Path, name: str) -> dict[str, str]:

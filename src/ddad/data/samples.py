@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 from ddad.conformal import images_needed
 from ddad.errors import ConfigError, DataError
+
+Item = TypeVar("Item")
 
 GOOD = "good"
 MIN_GOOD = 5  # different good images that a split needs
@@ -72,6 +75,11 @@ def paths_by_hash(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
     for path in sorted(Path(path) for path in paths):
         by_hash.setdefault(content_hash(path), path)
     return by_hash
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of these, evenly spread over all of them."""
+    return [items[i * len(items) // min(count, len(items))] for i in range(min(count, len(items)))]
 
 
 def fingerprint(hashes: Iterable[str]) -> str:

@@ -10,13 +10,17 @@ on glass.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ddad.data.folder import scan
+from ddad.data.samples import model_shape, spread
 from ddad.errors import ConfigError, DataError
+from ddad.images import fit_image_rule, probe, read_image, write_png
 
 Float = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -436,3 +440,21 @@ def contact_sheet(images: Sequence[UInt8], masks: Sequence[Bool | None] | None =
         top, left = index // columns * height + 2, index % columns * width + 2
         sheet[top : top + image.shape[0], left : left + image.shape[1]] = cell
     return sheet
+
+
+def draw_examples(data: str | Path, path: str | Path, rows: int = 4, size: int = 256) -> None:
+    """Draw one defect of each kind a row, on good images of `data`, as a PNG file: what choices are made on.
+
+    Raises:
+        DataError: there are no good images, one cannot be read, or the file cannot be written.
+    """
+    chosen = spread(scan(data).train, rows * len(DEFECT_KINDS))
+    sizes = [(info.height, info.width) for info in (probe(sample.path) for sample in chosen)]
+    shape = model_shape(sizes, size)
+    rule = fit_image_rule([sample.path for sample in chosen])
+    good = [read_image(sample.path, shape, rule) for sample in chosen]
+    defects = defect_set(good, rows * len(DEFECT_KINDS))
+    sheet = contact_sheet(
+        [defect.image for defect in defects], [defect.mask for defect in defects], columns=len(DEFECT_KINDS)
+    )
+    write_png(path, sheet)
