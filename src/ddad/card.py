@@ -47,6 +47,8 @@ def model_card(detector: Detector) -> str:
     rows["features"] = settings.scoring.features
     if adaptation := record.get("adaptation"):
         rows["adaptation"] = adaptation["said"]
+    if tuning := record.get("tuning"):
+        rows["tuning"] = tuning["said"]
     if converted := record.get("converted"):
         rows["converted from"] = f"{converted['from']}, `{_file(converted['checkpoint'])}`"
         weights = converted["features"]["weights"]

@@ -448,6 +448,7 @@ def info(model: Model, as_json: AsJson = False) -> None:
         "shape": "{} x {} pixels".format(*record["shape"]),
         "features": settings["scoring"]["features"],
         "adaptation": record.get("adaptation", {}).get("said"),
+        "tuning": record.get("tuning", {}).get("said"),
         "converted from": record.get("converted", {}).get("checkpoint", {}).get("file"),
         "trained": record.get("trained"),
         "steps": training.get("steps"),

@@ -130,8 +130,7 @@ def evaluate_folder(
             f"Scores depend on their batch of {batch_size} images, as published (batch-max fusion): for comparison "
             "only, and without verdicts."
         )
-    if said := detector.record.get("adaptation", {}).get("said"):
-        notes.append(said)
+    notes += [said for part in ("adaptation", "tuning") if (said := detector.record.get(part, {}).get("said"))]
     evaluation = evaluate(
         inspect(detector, dataset.test, batch_size, workers, notes),
         false_alarms=detector.calibration.promised_rate if detector.calibration else None,
