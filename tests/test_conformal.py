@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ddad.conformal import images_needed, images_to_bound, p_value, promised_rate, rate_bound, threshold
+from ddad.conformal import chance_of, images_needed, images_to_bound, p_value, promised_rate, rate_bound, threshold
 from ddad.errors import ConfigError, DataError
 
 rates = st.one_of(
@@ -117,6 +117,21 @@ def test_one_calibration_set_in_twenty_breaks_the_bound(draw):
     broken = np.mean([above(threshold(sample(), false_alarms)) > rate_bound(n, false_alarms) for _ in range(draws)])
     assert broken < 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
     assert broken > 0.03 or draw == "coins"  # and it is not vacuous
+
+
+def test_chance_of_so_many_false_alarms():
+    """Against a simulation of both sets, and scipy's beta-binomial."""
+    rng = np.random.default_rng(0)
+    n, images, rate = 40, 30, 0.1
+    scores = rng.standard_normal((20_000, n + images))
+    limits = np.sort(scores[:, :n], axis=1)[:, -4]  # floor(0.1 * 41) = 4
+    counts = (scores[:, n:] > limits[:, None]).sum(axis=1)
+    for flagged in range(12):
+        chance = chance_of(flagged, images, n, rate)
+        assert chance == pytest.approx(np.mean(counts >= flagged), abs=0.012)
+        assert chance == pytest.approx(stats.betabinom.sf(flagged - 1, images, 4, n + 1 - 4), abs=1e-9)
+    with pytest.raises(DataError, match="expected between 0 and 30 flagged images, but found 31"):
+        chance_of(31, images, n, rate)
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, float("nan")])

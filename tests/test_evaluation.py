@@ -73,7 +73,11 @@ def pairs(mask_file):
 
 def test_all_metrics(pairs):
     result = evaluate(
-        pairs, false_alarms=0.05, baseline=MeanImageBaseline().fit([pairs[0][1].image]), settings={"n": 1}
+        pairs,
+        false_alarms=0.05,
+        calibration_images=19,
+        baseline=MeanImageBaseline().fit([pairs[0][1].image]),
+        settings={"n": 1},
     )
     assert tuple(result.metrics) == METRICS
     assert result.notes == ()
@@ -86,6 +90,7 @@ def test_all_metrics(pairs):
     assert result.metrics["mean_image_auroc"] == pytest.approx(0.5)  # all images are equal
     assert result.counts == {"good": 6, "defective": 4}
     assert (result.threshold, result.false_alarms, result.settings) == (2.0, 0.05, {"n": 1})
+    assert result.calibration_images == 19
     assert [row.is_defective for row in result.rows] == labels
     assert [row.regions for row in result.rows] == [0, 0, 0, 0, 0, 1, 0, 1, 1, 1]
 

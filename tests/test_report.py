@@ -38,6 +38,7 @@ EVALUATION = Evaluation(
     },
     threshold=1.5,
     false_alarms=0.01,
+    calibration_images=99,
     rows=tuple(shown.row for shown in EXAMPLES),
     notes=("Something is <missing>.",),
     settings={"preset": "s"},
@@ -112,7 +113,10 @@ def test_what_stands_at_the_top(page):
         parsed.text
     )
     assert "1 of 2 defective images were missed (50 %)." in parsed.text
-    assert "1 of 2 good images raised a false alarm (50 %); 1 % was promised, and this is within what" in parsed.text
+    assert (
+        "1 of 2 good images raised a false alarm (50 %); 1 % was promised by 99 calibration images, and this is within "
+        "what chance allows (so many or more: 2 %)."
+    ) in parsed.text
     assert "AUPRO of 0.750" in parsed.text
     assert "2030-01-02 03:04 UTC" in parsed.text
     assert "mean good image does no worse" not in parsed.text
@@ -121,7 +125,7 @@ def test_what_stands_at_the_top(page):
 def test_a_broken_promise_is_said(page):
     metrics = {**EVALUATION.metrics, "false_alarm_rate": 0.1}
     parsed, _ = page(replace(EVALUATION, metrics=metrics, counts={"good": 500, "defective": 2}))
-    assert "50 of 500 good images raised a false alarm (10 %); 1 % was promised, and this is above what" in parsed.text
+    assert "1 % was promised by 99 calibration images, and this is above what chance allows (so m" in parsed.text
 
 
 def test_a_baseline_that_is_as_good_is_said(page):

@@ -79,6 +79,22 @@ def images_to_bound(false_alarms: float, confidence: float = CONFIDENCE) -> int:
     return math.ceil(math.log(1 - confidence) / math.log1p(-false_alarms))
 
 
+def chance_of(flagged: int, images: int, n: int, false_alarms: float) -> float:
+    """The chance that at least `flagged` of so many new good images are flagged, by n calibration images' threshold.
+
+    Neither set is large: the count is beta-binomial, over calibration sets as well as over new images. A small value
+    says that the new images are not like those of calibration. Raises as `promised_rate`, and DataError unless
+    0 <= flagged <= images.
+    """
+    if not 0 <= flagged <= images:
+        raise DataError(f"expected between 0 and {images} flagged images, but found {flagged}; count again.")
+    k = round(promised_rate(n, false_alarms) * (n + 1))
+    j = np.arange(flagged, images + 1)
+    ways = special.gammaln(images + 1) - special.gammaln(j + 1) - special.gammaln(images - j + 1)
+    chances = np.exp(ways + special.betaln(j + k, images - j + n + 1 - k) - special.betaln(k, n + 1 - k))
+    return min(1.0, float(chances.sum()))
+
+
 def images_needed(false_alarms: float) -> int:
     """The fewest calibration images that can promise this false-alarm rate: ceil(1 / false_alarms) - 1.
 

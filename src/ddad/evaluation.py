@@ -69,6 +69,7 @@ PLAIN_FIELDS = (
     "baseline",
     "threshold",
     "false_alarms",
+    "calibration_images",
     "settings",
     "versions",
     "machine",
@@ -112,6 +113,7 @@ class Evaluation:
     per_kind: dict[str, dict[str, float | None]]
     threshold: float | None
     false_alarms: float | None  # the promised false alarm rate
+    calibration_images: int | None  # whose scores gave the threshold
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     settings: dict[str, Any]
@@ -243,6 +245,7 @@ def evaluate(
     predictions: Iterable[tuple[Sample, Prediction]],
     *,
     false_alarms: float | None = None,
+    calibration_images: int | None = None,
     baseline: MeanImageBaseline | None = None,
     settings: Mapping[str, Any] | None = None,
     seconds: float | None = None,
@@ -255,6 +258,7 @@ def evaluate(
     Args:
         predictions: pairs of test image and prediction, consumed once; a generator keeps memory bounded.
         false_alarms: the false alarm rate promised by calibration, in (0, 1).
+        calibration_images: how many it is promised by.
         baseline: a fitted mean image; scores each `prediction.image` for `mean_image_auroc`.
         settings: what produced the predictions; kept in the result, anything JSON does not know as its `str`.
         seconds: total prediction time. If None, the time `predictions` takes to yield is measured, so reading images
@@ -389,6 +393,7 @@ def evaluate(
         per_kind=per_kind,
         threshold=thresholds.pop() if len(thresholds) == 1 else None,
         false_alarms=false_alarms,
+        calibration_images=calibration_images,
         rows=tuple(rows),
         notes=tuple(notes),
         settings=json.loads(json.dumps(dict(settings or {}), default=str)),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ddad import images
 from ddad.baseline import fit_baseline
+from ddad.conformal import chance_of
 from ddad.data.folder import scan
 from ddad.data.samples import Dataset, Sample
 from ddad.detector import Detector, Prediction
@@ -48,6 +49,7 @@ KIND_COLUMNS = {  # of the table of defect kinds: metric, heading, whether it is
 }
 WORST = 6  # images in each of the two lists of mistakes
 BINS = 40
+UNLIKELY = 0.01
 UNIT = "\xa0%"
 PAPER_BATCH = 16
 
@@ -134,6 +136,7 @@ def evaluate_folder(
     evaluation = evaluate(
         inspect(detector, dataset.test, batch_size, workers, notes),
         false_alarms=detector.calibration.promised_rate if detector.calibration else None,
+        calibration_images=len(detector.calibration.scores) if detector.calibration else None,
         baseline=mean_image,
         settings=detector.settings.model_dump(mode="json"),
         crop=detector.settings.scoring.crop,
@@ -183,12 +186,14 @@ def _headline(evaluation: Evaluation) -> list[str]:
     if (rate := metrics["false_alarm_rate"]) is not None:
         false = round(rate * counts["good"])
         sentence = f"{false} of {counts['good']} good images raised a false alarm ({_percent(rate)})"
-        if evaluation.false_alarms is not None:
-            # Within what chance explains: two standard deviations of a binomial share, plus one image.
-            promised, n = evaluation.false_alarms, counts["good"]
-            expected = promised + 2 * (promised * (1 - promised) / n) ** 0.5 + 1 / n
-            judged = "within" if rate <= expected else "above"
-            sentence += f"; {_percent(promised)} was promised, and this is {judged} what chance allows"
+        if evaluation.false_alarms is not None and evaluation.calibration_images:
+            promised, known = evaluation.false_alarms, evaluation.calibration_images
+            chance = chance_of(false, counts["good"], known, promised)
+            judged = "above" if chance < UNLIKELY else "within"
+            sentence += (
+                f"; {_percent(promised)} was promised by {known} calibration images, and this is {judged} what chance "
+                f"allows (so many or more: {_percent(chance)})"
+            )
         sentences.append(sentence + ".")
     if (aupro := metrics["aupro"]) is not None:
         sentences.append(f"Defects are located with an AUPRO of {_number(aupro)}.")
