@@ -8,6 +8,7 @@ from analytic import GaussianUNet
 from ddad.checkpoint import CheckpointStore
 from ddad.config import make_settings
 from ddad.detector import Detector
+from ddad.errors import ConfigError
 from ddad.features import create_features
 from ddad.tuning import SyntheticTest, adapt_features, paint_halves, tune
 from ddad.unet import create_scheduler
@@ -109,3 +110,11 @@ def test_tuning_without_time_changes_nothing(test_set, monkeypatch):
     record = tune(detector, [photo(i) for i in range(8)], seconds=0)
     assert (record["changes"], record["trials"], detector.settings) == ({}, [], old.settings)
     assert record["said"].endswith("nothing changed.")
+
+
+def test_scores_that_depend_on_the_batch_cannot_be_tuned(test_set):
+    old = test_set.detector
+    settings = make_settings("paper", scoring={"features": "efficientnet-lite2"})
+    detector = Detector(old.unet, old.scheduler, old.features, settings, SHAPE, device="cpu")
+    with pytest.raises(ConfigError, match=r"Expected a model that scores each image by itself, found batch-max fusion"):
+        tune(detector, [photo(i) for i in range(8)])

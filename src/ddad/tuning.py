@@ -17,6 +17,7 @@ from ddad.config import AdaptationSettings, SamplingSettings, Settings
 from ddad.data.samples import spread
 from ddad.data.synthetic import SyntheticDefect, defect_set
 from ddad.detector import Detector
+from ddad.errors import ConfigError
 from ddad.metrics import PixelMetrics, image_metrics
 
 MOST_ADAPTED = 512
@@ -129,7 +130,15 @@ def tune(
 
     Returns:
         What is remembered of it: `said`, `before`, `after`, `changes` and every trial.
+
+    Raises:
+        ConfigError: scores that depend on their batch, as published.
     """
+    if detector.settings.scoring.fusion == "batch-max":
+        raise ConfigError(
+            f"Expected a model that scores each image by itself, found batch-max fusion (preset "
+            f"{detector.settings.preset}); tune a model of preset xs, s or base."
+        )
     started = time.monotonic()
     good = spread(good, MOST_JUDGED)
     test = SyntheticTest(detector, good, paint_halves(good, DEFECTS, detector.settings.seed))
