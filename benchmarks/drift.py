@@ -5,7 +5,8 @@
 Good test images of DATA are inspected as they are and as changed copies (brighter, darker, blurred, shifted, at the
 model's size). A stream is drawn from them with replacement; for each change: in how many of `--draws` streams of at
 most 500 photographs an alarm came, after how many photographs (median and largest), and of what. For good images:
-alarms in `--windows` windows.
+alarms in `--windows` windows, drawn from the same test images and judged by the same calibration images again and
+again, so that an unlucky pair of sets alarms often and most never.
 """
 
 import argparse

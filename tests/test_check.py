@@ -102,8 +102,8 @@ def test_few_good_images(tmp_path):
     (budget,) = [f for f in report.findings if "false-alarm" in f.message]
     assert budget.level == "warning"
     assert budget.message == (
-        "expected 99 calibration images for a false-alarm rate of 0.01, but found 2 among 6 good ones; that promises "
-        "0.33 only, and with 95% confidence no more than 0.78."
+        "expected 99 calibration images for a false-alarm rate of 0.01, but found 1 among 6 good ones; that promises "
+        "0.5 only, and with 95% confidence no more than 0.95."
     )
     assert budget.advice == "Bring about 278 good images, or allow more false alarms."
     assert "no test images" in str(report.findings)

@@ -191,6 +191,8 @@ def test_monitor_warns_of_photographs_unlike_calibration(ideal, tmp_path):
     darker = run("monitor", tmp_path / "model", tmp_path / "darker.out/results.jsonl", *options)
     assert darker.exit_code == 0
     assert "After 20 photographs: The last 20 photographs are darker than at calibration" in darker.output
+    few = run("monitor", tmp_path / "model", tmp_path / "darker.out/results.jsonl")
+    assert few.output == "30 photographs, no alarms; fewer than a window of 50, so nothing was compared.\n"
     as_json = run("monitor", tmp_path / "model", tmp_path / "darker.out/results.jsonl", *options, "--json")
     assert "brightness" in {json.loads(line)["what"] for line in as_json.stdout.splitlines()}
 
@@ -200,6 +202,7 @@ def test_what_cannot_be_monitored_is_one_sentence(ideal, tmp_path):
     for content, sentence in (
         (None, "Error: Expected a results.jsonl at "),
         ("[]", "Error: Expected a JSON object in line 1 of "),
+        ('{"threshold": 0.0}', "Error: Expected results of the model as it is calibrated now, found others; inspect"),
         ('{"path": "x"}', "Error: Expected the results.jsonl of ddad predict, found a row without anomaly_score and p"),
     ):
         if content:
@@ -215,7 +218,7 @@ def test_check_draws_synthetic_defects(data, tmp_path):
     assert result.exit_code == 0
     assert f"are drawn in {tmp_path / 'sheet.png'}." in result.output.replace("\n", " ")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape[1] > sheet.shape[0] > 256
+    assert sheet.shape == (4 * (64 + 4), 8 * (64 + 4), 3)
     red = (sheet == (255, 40, 40)).all(axis=2)
     assert red.any()
 

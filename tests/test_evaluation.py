@@ -76,7 +76,7 @@ def test_all_metrics(pairs):
         pairs,
         false_alarms=0.05,
         calibration_images=19,
-        baseline=MeanImageBaseline().fit([pairs[0][1].image]),
+        mean_image=MeanImageBaseline().fit([pairs[0][1].image]),
         settings={"n": 1},
     )
     assert tuple(result.metrics) == METRICS

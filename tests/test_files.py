@@ -49,6 +49,15 @@ def test_replaced_where_folders_cannot_be_swapped(tmp_path, monkeypatch, number)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_link_leads_to_the_new_folder(tmp_path):
+    write(tmp_path / "real", "old")
+    (tmp_path / "model").symlink_to(tmp_path / "real")
+    write(tmp_path / "model", "new")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "real" / "text").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "real"]
+
+
 def test_after_an_error_the_folder_is_as_it_was(tmp_path):
     write(tmp_path / "model", "old")
     with pytest.raises(TypeError):

@@ -20,6 +20,7 @@ from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError
 from ddad.fit import ImageCache, diverged, fit
 from ddad.images import ImageRule, read_image
+from ddad.refit import recalibrate, tune
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +138,25 @@ def test_scores_of_calibration_are_those_of_use(photos, tmp_path):
     assert all(0 <= score < 100 for score in scores)
 
 
-def test_few_images_give_units_and_rank_in_folds_and_nothing_is_chosen_by_them(photos, tmp_path):
-    model = fit(photos, tmp_path / "model", tiny().model_copy(update={"false_alarms": 0.01}), steps=1)
+def test_few_images_give_units_and_rank_in_folds_and_nothing_is_chosen_by_them(tmp_path):
+    (tmp_path / "good").mkdir()
+    for i in range(96):
+        pixels = np.clip(120 + 15 * np.random.default_rng(i).standard_normal((32, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "good" / f"{i:02d}.png")
+    model = fit(tmp_path / "good", tmp_path / "model", tiny().model_copy(update={"false_alarms": 0.01}), steps=1)
     detector = Detector.from_pretrained(model)
     data = detector.record["data"]
-    assert len(detector.calibration.scores) == len(data["select"]) + len(data["calibration"])
-    assert detector.calibration.folds == len(detector.calibration.scores)
+    assert len(detector.calibration.scores) == len(data["select"]) + len(data["calibration"]) >= 16
+    assert detector.calibration.folds == 10
     assert detector.record["adaptation"]["said"] == (
         "The features are not adapted: that needs 32 good images to train on and 8 to choose by."
     )
+    assert "for units and, in folds, to calibrate" in (model / "README.md").read_text()
+    # Their scores are not those of images that took no part in the units: none can be added, nothing chosen.
+    with pytest.raises(ConfigError, match="Expected a calibration on images of its own to add scores to, found one in"):
+        recalibrate(model, tmp_path / "good", merge=True)
+    with pytest.raises(DataError, match="Expected a model with good images set aside to choose by, found one calibrat"):
+        tune(model, tmp_path / "good")
 
 
 def test_features_are_adapted_within_training(tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from ddad.config import make_settings
 from ddad.data.samples import content_hash
 from ddad.detector import Detector, read_record
-from ddad.errors import ConfigError, DataError
+from ddad.errors import ConfigError, DataError, ModelError
 from ddad.fit import fit, locked
-from ddad.refit import FEWEST, adapt, recalibrate
+from ddad.refit import FEWEST, adapt, recalibrate, tune
 
 
 def write_photos(folder, seeds, level=120):
@@ -121,10 +121,10 @@ def test_nothing_to_merge_with(model, photos, tmp_path):
 
 
 def test_few_images_rank_in_folds_unless_something_was_chosen_by_them(model, photos, tmp_path):
-    few = write_photos(tmp_path / "few", range(700, 712))
+    few = write_photos(tmp_path / "few", range(700, 718))
     calibration = recalibrate(model, few, tmp_path / "again", false_alarms=0.01).calibration
-    assert (len(calibration.scores), calibration.folds) == (12, 10)
-    assert "12 good calibration images in 10 folds" in (tmp_path / "again" / "README.md").read_text()
+    assert (len(calibration.scores), calibration.folds) == (18, 10)
+    assert "18 good calibration images in 10 folds" in (tmp_path / "again" / "README.md").read_text()
     # A model whose adaptation was judged on its select images, and which gets those again.
     judged = tmp_path / "judged"
     shutil.copytree(model, judged)
@@ -134,6 +134,56 @@ def test_few_images_rank_in_folds_unless_something_was_chosen_by_them(model, pho
     again = recalibrate(judged, photos, tmp_path / "third", false_alarms=0.01)
     assert again.calibration.folds is None
     assert len(again.calibration.scores) == len(record["data"]["calibration"])
+
+
+def test_settings_chosen_by_select_images_are_saved(model, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddad.tuning.DEFECTS", 16)
+    said = []
+    detector = tune(model, photos, tmp_path / "tuned", seconds=4, on_stage=said.append)
+    loaded, before = Detector.from_pretrained(tmp_path / "tuned"), Detector.from_pretrained(model)
+    assert loaded.settings == detector.settings
+    assert loaded.calibration == detector.calibration
+    tuning = loaded.record["tuning"]
+    assert tuning["trials"]
+    assert said[-1] == tuning["said"]
+    assert tuning["said"] in (tmp_path / "tuned" / "README.md").read_text()
+    changed = {
+        f"{group}.{name}": value
+        for group in ("sampling", "scoring")
+        for name, value in getattr(loaded.settings, group).model_dump(mode="json").items()
+        if value != getattr(before.settings, group).model_dump(mode="json")[name]
+    }
+    assert changed == tuning["changes"]
+    assert loaded.settings.max_timestep == before.settings.max_timestep  # what the network was trained for
+    for part in ("train", "select", "calibration"):
+        assert sorted(loaded.record["data"][part]) == sorted(before.record["data"][part])
+
+
+def test_what_was_trained_on_stays_on_record_wherever_it_is(model, photos, tmp_path, monkeypatch):
+    """A folder without the training images is enough to tune; they must not rank later."""
+    monkeypatch.setattr("ddad.tuning.DEFECTS", 16)
+    data = read_record(model)["data"]
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for path in _paths(photos, [*data["select"], *data["calibration"]]):
+        shutil.copy(path, folder)
+    tune(model, folder, tmp_path / "tuned", seconds=0)
+    assert sorted(read_record(tmp_path / "tuned")["data"]["train"]) == sorted(data["train"])
+    next(iter(_paths(folder, data["calibration"]))).unlink()
+    with pytest.raises(DataError, match=r"ranked by, found that 1 are missing; name a folder with all of them"):
+        tune(model, folder, tmp_path / "other", seconds=0)
+    with pytest.raises(DataError, match=r"ranked by, found that 1 are missing; name a folder with all of them"):
+        adapt(model, folder, tmp_path / "other", epochs=1)
+
+
+def test_a_model_named_from_within_and_a_mistyped_one(model, photos, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    recalibrate(".", photos)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"Expected a model folder with a detector.json, found none at typo/model"):
+        recalibrate("typo/model", photos)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_one_process_at_a_time(model, photos, tmp_path):
@@ -213,7 +263,7 @@ def test_what_cannot_be_adapted_is_refused(model, photos, tmp_path):
     with pytest.raises(ConfigError, match="Expected at least one pass over the good images, found 0; give --epochs"):
         adapt(model, photos, tmp_path / "adapted")  # this model's settings want none
     few = write_photos(tmp_path / "few", range(700, 706))
-    with pytest.raises(DataError, match=r"Expected more good images in .* to adapt on, found"):
+    with pytest.raises(DataError, match=r"ranked by, found that \d+ are missing; name a folder"):
         adapt(model, few, tmp_path / "adapted", epochs=1)
     detector = Detector.from_pretrained(model)
     detector.record["adaptation"] = {"epochs": 2, "said": "adapted"}

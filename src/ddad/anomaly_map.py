@@ -103,10 +103,9 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(blurred, kernel.view(1, 1, -1, 1))[:, 0]
 
 
-def image_score(anomaly_map: Tensor, share: float = 0.0) -> Tensor:
-    """The maximum of each map, or the mean of this share of its largest values: (B, H, W) -> (B,)."""
-    values = anomaly_map.flatten(1)
-    return values.topk(max(1, round(share * values.shape[1])), dim=1).values.mean(dim=1)
+def image_score(anomaly_map: Tensor) -> Tensor:
+    """The maximum of each map: (B, H, W) -> (B,)."""
+    return anomaly_map.flatten(1).amax(dim=1)
 
 
 def regions(

@@ -207,7 +207,7 @@ def fit_baseline(
 ) -> NearestNeighbours:
     """The yardstick of a model: it remembers the images that the model was trained on, and those that ranked rank.
 
-    Features are the pretrained ones, also where the model's own are adapted to the product. Without any of the
+    Features are the pretrained ones, also where the model's own are adapted to the product. Without all of the
     calibration images in `dataset` there is no threshold.
 
     Args:
@@ -230,7 +230,7 @@ def fit_baseline(
     # Where there were too few images for two parts, both rank (`Detector.calibrate_across`).
     across = detector.calibration is not None and detector.calibration.folds is not None
     ranks = [*known.get("calibration", ()), *(known.get("select", ()) if across else ())]
-    calibration = [paths[one] for one in ranks if one in paths]
+    calibration = [paths[one] for one in ranks] if all(one in paths for one in ranks) else []
 
     shape = shape or detector.shape
     scoring = detector.settings.scoring

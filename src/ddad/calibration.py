@@ -68,8 +68,8 @@ class Calibration(BaseModel):
         """
         if not self.scores or not self.photographs:
             raise DataError(
-                "Expected a calibrated model to compare photographs with, found none; run ddad recalibrate with good "
-                "images."
+                "Expected a model that knows the scores and the look of good photographs, found one without; run ddad "
+                "recalibrate with good images."
             )
         return DriftMonitor(self.scores, self.photographs, window=window, false_alarms=false_alarms)
 
@@ -80,7 +80,8 @@ class Calibration(BaseModel):
         text = (
             f"{len(self.scores)} good calibration images{f' in {self.folds} folds' if self.folds else ''}: about "
             f"{_percent(self.promised_rate)} of good parts are flagged in the long run, with "
-            f"{_percent(conformal.CONFIDENCE)} confidence at most {_percent(self.rate_bound)}."
+            f"{_percent(conformal.CONFIDENCE)} confidence {'roughly ' if self.folds else ''}at most "
+            f"{_percent(self.rate_bound)}."
         )
         if self.promised_rate > self.false_alarms * 1.0001:
             needed = conformal.images_needed(self.false_alarms)

@@ -37,7 +37,9 @@ def model_card(detector: Detector) -> str:
     settings, record = detector.settings, detector.record
     rows = {"preset": f"`{settings.preset}`", "size": "{} x {} pixels".format(*detector.shape)}
     if data := record.get("data"):
-        parts = (("train", "trained on"), ("select", "for units and choices"), ("calibration", "to calibrate"))
+        folded = detector.calibration is not None and detector.calibration.folds
+        uses = ("for units and, in folds, to calibrate",) * 2 if folded else ("for units and choices", "to calibrate")
+        parts = zip(("train", "select", "calibration"), ("trained on", *uses), strict=True)
         rows["good images"] = ", ".join(f"{len(data[part])} {use}" for part, use in parts)
         rows["data fingerprint"] = f"`{data['fingerprint']}`"
     if training := record.get("training"):

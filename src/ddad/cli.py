@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ddad import __version__
 from ddad.config import IMAGE_SIZE
-from ddad.errors import ConfigError, DataError, DDADError
+from ddad.errors import ConfigError, DataError, DDADError, ModelError
 
 if TYPE_CHECKING:
     from ddad.data.check import CheckReport
@@ -101,7 +101,8 @@ def check(
     false_alarms: FalseAlarms = 0.01,
     image_size: ImageSize = IMAGE_SIZE,
     synthetic: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Also draw the synthetic defects that choices are made on.")
+        Path | None,
+        typer.Option(metavar="PNG", help="Also draw synthetic defects, like those of every choice."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +119,7 @@ def check(
     if synthetic:
         from ddad.data.synthetic import draw_examples
 
-        draw_examples(data, synthetic)
+        draw_examples(data, synthetic, size=image_size)
         if not as_json:
             print(f"Synthetic defects, each outlined in red, are drawn in {synthetic}.")
 
@@ -323,19 +324,33 @@ def monitor(
     as_json: AsJson = False,
 ) -> None:
     """Warn where photographs are no longer like those of calibration; the threshold stays."""
+    from pydantic import ValidationError
+
     from ddad.calibration import Calibration
     from ddad.detector import read_record
     from ddad.drift import FALSE_ALARMS, WINDOW, watch
     from ddad.results import read_results
 
-    calibration = Calibration.model_validate(read_record(model)["calibration"] or {"scales": ()})
+    record = read_record(model)
+    try:
+        calibration = Calibration.model_validate(record.get("calibration") or {"scales": ()})
+    except ValidationError:
+        raise ModelError(
+            f"Expected a calibration that this version understands in {model}, found another one; run ddad recalibrate."
+        ) from None
     watcher = calibration.monitor(window or WINDOW, alarm_rate or FALSE_ALARMS)
+    assert calibration.threshold is not None  # it has scores
     alarms = 0
-    for alarm in watch(watcher, read_results(results)):
+    for alarm in watch(watcher, read_results(results), calibration.threshold):
         alarms += 1
         print(alarm.model_dump_json() if as_json else f"After {alarm.images} photographs: {alarm.message}")
+    few = ""
+    if watcher.images < watcher.window:
+        few = f"; fewer than a window of {watcher.window}, so nothing was compared"
     if not as_json:
-        print(f"{watcher.images} photographs, {alarms or 'no'} {'alarm' if alarms == 1 else 'alarms'}.")
+        print(f"{watcher.images} photographs, {alarms or 'no'} {'alarm' if alarms == 1 else 'alarms'}{few}.")
+    elif few:
+        print(f"{watcher.images} photographs{few}.", file=sys.stderr)
 
 
 @app.command()

@@ -79,8 +79,6 @@ class ScoringSettings(_Frozen):
     """σ of the Gaussian over the maps, in pixels of a 256-pixel image; scaled with the model's size."""
     position: Literal["none", "standardise"] = "standardise"
     """standardise: each pixel's distance is compared with what good parts show at that place."""
-    peak_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of a map whose largest values are averaged into the image's score; 0 (as published): its maximum."""
     pool_padding: Literal["exclude", "zero"] = "exclude"
     """Border of the 3 x 3 pooling of features: the mean of what exists, or (as published) with zeros beyond."""
     align_corners: bool = False

@@ -252,15 +252,23 @@ class DriftMonitor:
         return digest.hexdigest()
 
 
-def watch(monitor: DriftMonitor, rows: Iterable[Mapping[str, Any]]) -> Iterator[Alarm]:
+def watch(monitor: DriftMonitor, rows: Iterable[Mapping[str, Any]], threshold: float) -> Iterator[Alarm]:
     """The alarms over rows of `results.jsonl`; photographs that could not be read are passed over.
 
+    Args:
+        threshold: the calibrated one; scores of another calibration may have another unit.
+
     Raises:
-        DataError: a row without the score and the look of a photograph.
+        DataError: a row without the score and the look of a photograph, or of another calibration.
     """
     for row in rows:
         if row.get("error"):
             continue
+        if row.get("threshold", threshold) != threshold:
+            raise DataError(
+                "Expected results of the model as it is calibrated now, found others; inspect the photographs again "
+                "with ddad predict."
+            )
         try:
             score, photo = float(row["anomaly_score"]), PhotoStatistics(**row["photo"])
         except (KeyError, TypeError, ValueError):

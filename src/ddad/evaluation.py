@@ -246,7 +246,7 @@ def evaluate(
     *,
     false_alarms: float | None = None,
     calibration_images: int | None = None,
-    baseline: MeanImageBaseline | None = None,
+    mean_image: MeanImageBaseline | None = None,
     settings: Mapping[str, Any] | None = None,
     seconds: float | None = None,
     max_examples: int = 200,
@@ -259,7 +259,7 @@ def evaluate(
         predictions: pairs of test image and prediction, consumed once; a generator keeps memory bounded.
         false_alarms: the false alarm rate promised by calibration, in (0, 1).
         calibration_images: how many it is promised by.
-        baseline: a fitted mean image; scores each `prediction.image` for `mean_image_auroc`.
+        mean_image: fitted; scores each `prediction.image` for `mean_image_auroc`.
         settings: what produced the predictions; kept in the result, anything JSON does not know as its `str`.
         seconds: total prediction time. If None, the time `predictions` takes to yield is measured, so reading images
             and warming up count, and computing metrics does not.
@@ -275,7 +275,7 @@ def evaluate(
         DataError: there are no predictions, a score is not finite, or a mask does not fit.
     """
     rows: list[Row] = []
-    baseline_scores: list[float] = []
+    mean_image_scores: list[float] = []
     pixels: dict[str, PixelMetrics] = defaultdict(lambda: PixelMetrics(exact_limit))
     missing_masks: Counter[str] = Counter()
     thresholds: set[float | None] = set()
@@ -305,8 +305,8 @@ def evaluate(
         )
         rows.append(row)
         thresholds.add(prediction.threshold)
-        if baseline is not None:
-            baseline_scores.append(baseline.score(prediction.image))
+        if mean_image is not None:
+            mean_image_scores.append(mean_image.score(prediction.image))
         mask = _read_mask(sample, prediction)
         if mask is None or mask.any() != sample.is_anomalous:
             missing_masks["no mask" if mask is None else "a mask that is empty at the model's resolution"] += 1
@@ -357,11 +357,11 @@ def evaluate(
             f"{', '.join(alike)}: an interval without width, because every resample of these images gives the same "
             "value; other images may still give another."
         )
-    if baseline is None:
+    if mean_image is None:
         notes.append("mean_image_auroc is missing because no mean-image baseline was given.")
     else:
         labels = [row.is_defective for row in rows]
-        result = _or_note(notes, "The metrics of the mean-image baseline", image_metrics, baseline_scores, labels)
+        result = _or_note(notes, "The metrics of the mean-image baseline", image_metrics, mean_image_scores, labels)
         metrics["mean_image_auroc"] = result.get("image_auroc")
     metrics["seconds_per_image"] = (measured if seconds is None else seconds) / len(rows)
     metrics["peak_memory_mb"] = _peak_memory_mb()

@@ -5,7 +5,6 @@ killed at any moment leaves no half of anything under a real name.
 """
 
 import ctypes
-import errno
 import json
 import os
 import shutil
@@ -67,6 +66,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         DataError: no folder can be made there.
     """
+    path = Path(os.path.realpath(path))  # a link stays, and leads to the new folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
@@ -91,11 +91,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap two folders, so that at every moment one of them stands at `old`; where the system cannot, nearly so."""
-    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux; Python has no name for it
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux; Python has no name for it
     if swap and swap(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _RENAME_EXCHANGE) == 0:
         return
-    if swap and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
     between = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=old.parent))
     old.rename(between / old.name)
     new.rename(old)
@@ -107,7 +105,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove what a killed process left unfinished in a folder; `name` limits it to the folder of that name."""
     # tempfile ends a name in eight random characters; a plain prefix would take a neighbour's folder too.
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}{name}-????????" if name else f"{TEMPORARY_PREFIX}*"):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()

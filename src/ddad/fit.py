@@ -258,7 +258,7 @@ def fit(
 
 def _across(split: Split, settings: Settings) -> bool:
     good = len(split.train) + len(split.select) + len(split.calibration)
-    return too_few_to_split(good, len(split.calibration), settings.false_alarms)
+    return too_few_to_split(good, len(split.select), len(split.calibration), settings.false_alarms)
 
 
 def diverged(held_out_losses: Sequence[float]) -> bool:
@@ -482,7 +482,9 @@ def locked(run: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if os.stat(run / "lock").st_ino != os.fstat(descriptor).st_ino:  # removed by the one before
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             raise ConfigError(
                 f"Expected a run that nobody works on, found another process training in {run}; "
                 "wait for it, or choose another --out."

@@ -29,6 +29,7 @@ from torchmetrics.functional.classification import (
     binary_precision_recall_curve,
 )
 
+from ddad.conformal import CONFIDENCE
 from ddad.errors import ConfigError, DataError
 
 EXACT_LIMIT = 64_000_000  # pixels: 256 MB of float32 scores
@@ -38,7 +39,6 @@ BINS = 1 << (31 - DROPPED_BITS)  # the sign bit is never set
 CURVE_DROPPED_BITS = 17  # an image's own curve is coarser: a bin is 1/64 of an octave
 CURVE_BINS = 1 << (31 - CURVE_DROPPED_BITS)
 CURVE_LEVELS = 400  # thresholds of the curves that are resampled
-CONFIDENCE = 0.95
 RESAMPLES = 2000
 CURVE_TOLERANCE = 0.01  # a curve that is further from the exact metric has no interval to offer
 CHUNK = 100  # resamples computed together

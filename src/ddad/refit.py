@@ -14,7 +14,7 @@ from ddad.checkpoint import CheckpointStore
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
 from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, spread, too_few_to_split
-from ddad.detector import Detector, check_place
+from ddad.detector import Detector, check_place, read_record
 from ddad.errors import ConfigError, DataError
 from ddad.files import remove_leftovers
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
@@ -81,8 +81,7 @@ def recalibrate(
         ConfigError: another process is at it, or there is no calibration to merge with.
         DataError: too few good images that were not trained on.
     """
-    out = Path(out or model)
-    check_place(out)
+    out = _place(model, out)
     with _alone(out):
         detector = Detector.from_pretrained(model, device=device)
         if false_alarms is not None:
@@ -97,6 +96,11 @@ def recalibrate(
 
 
 def _merge(detector: Detector, paths: dict[str, Path], data: str | Path, workers: int) -> None:
+    if detector.calibration is not None and detector.calibration.folds:
+        raise ConfigError(
+            "Expected a calibration on images of its own to add scores to, found one in folds, as of fewer than 100 "
+            "good images; recalibrate without --merge on a folder with all good images."
+        )
     known = detector.record.get("data", {})
     used = {one for part in ("train", "select", "former_select", "calibration") for one in known.get(part, ())}
     new = [one for one in paths if one not in used]
@@ -150,37 +154,30 @@ def adapt(
         DataError: too few good images.
         training.Interrupted: asked to stop.
     """
-    out = Path(out or model)
-    detector = Detector.from_pretrained(model, device=device)
-    converted = detector.record.get("converted", {}).get("features", {})
-    if detector.record.get("adaptation", {}).get("epochs") or isinstance(converted.get("weights"), dict):
-        raise ConfigError(
-            f"Expected features that are not adapted yet in {model}, found adapted ones; train with --no-adapt first."
-        )
-    settings = detector.settings.adaptation
-    if epochs is not None:
-        settings = settings.model_copy(update={"epochs": epochs})
-        detector.settings = detector.settings.model_copy(update={"adaptation": settings})
-    if settings.epochs == 0:
-        raise ConfigError("Expected at least one pass over the good images, found 0; give --epochs.")
-    known = detector.record.get("data", {})
-    paths = paths_by_hash(sample.path for sample in scan(data).train)
-    new = [one for one in paths if not any(one in known.get(part, ()) for part in ("train", "select", "calibration"))]
-    added = split_hashes(new, detector.settings.false_alarms) if len(new) >= FEWEST + 1 else ([], [], [])
-    train, select, calibration = (
-        sorted({*more, *(one for one in known.get(part, ()) if one in paths)})
-        for part, more in zip(("train", "select", "calibration"), added, strict=True)
-    )
-    if not can_adapt(settings, len(train), len(select)):
-        raise DataError(
-            f"Expected more good images in {data} to adapt on, found {len(train)} to train and {len(select)} to "
-            "select; add photographs of good parts."
-        )
-    parts = _Parts(paths, train, select, calibration)
-    parts.check(data)
-    check_place(out)
+    out = _place(model, out)
     with _alone(out) as run:
-        images, others = parts.cache(train, detector, workers), parts.cache(select, detector, workers)
+        detector = Detector.from_pretrained(model, device=device)
+        converted = detector.record.get("converted", {}).get("features", {})
+        if detector.record.get("adaptation", {}).get("epochs") or isinstance(converted.get("weights"), dict):
+            raise ConfigError(
+                f"Expected features that are not adapted yet in {model}, found adapted ones; train with --no-adapt "
+                "first."
+            )
+        settings = detector.settings.adaptation
+        if epochs is not None:
+            settings = settings.model_copy(update={"epochs": epochs})
+            detector.settings = detector.settings.model_copy(update={"adaptation": settings})
+        if settings.epochs == 0:
+            raise ConfigError("Expected at least one pass over the good images, found 0; give --epochs.")
+        parts = _same_parts(detector, data, more=True)
+        train = [one for one in parts.train if one in parts.paths]
+        if not can_adapt(settings, len(train), len(parts.select)):
+            raise DataError(
+                f"Expected more good images in {data} to adapt on, found {len(train)} to train and "
+                f"{len(parts.select)} to select; add photographs of good parts."
+            )
+        parts.check(data)
+        images, others = parts.cache(train, detector, workers), parts.cache(parts.select, detector, workers)
         store = CheckpointStore(run / "adaptation")
         detector.record["adaptation"] = adapt_features(detector, images, others, settings.epochs, store, on_stage)
         on_stage("Calibrating on good images that were not trained on.")
@@ -212,26 +209,33 @@ def tune(
         ConfigError: another process is at it.
         DataError: too few good images to choose by, or they are not those of the model.
     """
-    out = Path(out or model)
-    check_place(out)
+    out = _place(model, out)
     with _alone(out):
         detector = Detector.from_pretrained(model, device=device)
-        known = detector.record.get("data", {})
-        paths = paths_by_hash(sample.path for sample in scan(data).train)
-        train, select, calibration = (
-            [one for one in known.get(part, ()) if one in paths] for part in ("train", "select", "calibration")
-        )
-        parts = _Parts(paths, train, select, calibration)
-        across = detector.calibration is not None and detector.calibration.folds is not None
-        if across or len(select) < FEWEST_JUDGED or not calibration:
+        if detector.calibration is not None and detector.calibration.folds:
             raise DataError(
-                f"Expected at least {FEWEST_JUDGED} good images in {data} to choose by, beside those that the model "
-                f"was trained on and those that rank, found {0 if across else len(select)}; train on more good images."
+                "Expected a model with good images set aside to choose by, found one calibrated in folds, as of fewer "
+                "than 100 good images; train on more."
             )
-        detector.record["tuning"] = choose(detector, parts.cache(select, detector, workers), seconds, on_stage)
+        parts = _same_parts(detector, data)
+        if len(parts.select) < FEWEST_JUDGED:
+            raise DataError(
+                f"Expected at least {FEWEST_JUDGED} good images in {data} that the model has set aside to choose by, "
+                f"found {len(parts.select)}; name the folder it was trained on, or train on more good images."
+            )
+        parts.check(data)
+        detector.record["tuning"] = choose(detector, parts.cache(parts.select, detector, workers), seconds, on_stage)
         _calibrate(detector, parts, workers)
         detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
     return detector
+
+
+def _place(model: str | Path, out: str | Path | None) -> Path:
+    """Where the result goes, checked before anything is made there."""
+    read_record(Path(model))
+    place = Path(out or model).absolute()
+    check_place(place)
+    return place
 
 
 @contextmanager
@@ -248,13 +252,45 @@ def _alone(out: Path) -> Iterator[Path]:
                 run.rmdir()
 
 
+def _same_parts(detector: Detector, data: str | Path, more: bool = False) -> _Parts:
+    """The model's good images in `data` by their use; with `more`, new ones are split as for training.
+
+    Raises:
+        DataError: images that rank are not there, which would loosen the promise without a word.
+    """
+    known = detector.record.get("data", {})
+    paths = paths_by_hash(sample.path for sample in scan(data).train)
+    ranked = known.get("calibration", ())
+    if missing := sum(one not in paths for one in ranked):
+        raise DataError(
+            f"Expected in {data} the {len(ranked)} good images that the model's scores are ranked by, found that "
+            f"{missing} are missing; name a folder with all of them."
+        )
+    added: tuple[Sequence[str], ...] = ((), (), ())
+    new = [one for one in paths if not any(one in known.get(part, ()) for part in ("train", "select", "calibration"))]
+    if more and len(new) >= FEWEST + 1:
+        added = split_hashes(new, detector.settings.false_alarms)
+    select = [one for one in known.get("select", ()) if one in paths]
+    # All that were trained on stay on record, wherever they are now: none of them may ever rank.
+    return _Parts(
+        paths,
+        sorted({*known.get("train", ()), *added[0]}),
+        sorted({*select, *added[1]}),
+        sorted({*ranked, *added[2]}),
+    )
+
+
 def _calibrate(detector: Detector, parts: _Parts, workers: int) -> None:
     select, calibration = (parts.cache(part, detector, workers) for part in (parts.select, parts.calibration))
-    known = detector.record.get("data", {})
-    few = too_few_to_split(len(select) + len(calibration), len(calibration), detector.settings.false_alarms)
-    # What a choice was made on must never rank.
+    known, before = detector.record.get("data", {}), detector.calibration
+    few = too_few_to_split(
+        len(select) + len(calibration), len(select), len(calibration), detector.settings.false_alarms
+    )
+    # What a choice was made on must never rank: of a model calibrated in folds nothing was, unless done since.
     chosen = detector.record.get("adaptation", {}).get("history") or detector.record.get("tuning")
-    if few and not (chosen and known.get("select")):
+    untouched = before is not None and before.folds and not chosen
+    reused = {*known.get("select", ()), *known.get("former_select", ())} & set(parts.select)
+    if few and (untouched or not reused):
         detector.calibrate_across([*select, *calibration])
     else:
         detector.calibrate(spread(select, MOST_SELECT), calibration)

@@ -137,7 +137,7 @@ def evaluate_folder(
         inspect(detector, dataset.test, batch_size, workers, notes),
         false_alarms=detector.calibration.promised_rate if detector.calibration else None,
         calibration_images=len(detector.calibration.scores) if detector.calibration else None,
-        baseline=mean_image,
+        mean_image=mean_image,
         settings=detector.settings.model_dump(mode="json"),
         crop=detector.settings.scoring.crop,
     )

@@ -81,10 +81,10 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 yield _parsed(line, f"line {number} of {path}")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise DataError(
-            f"Expected a results.jsonl at {path}, found none that can be read ({error.strerror}); run ddad predict "
-            "first."
+            f"Expected a results.jsonl at {path}, found none that can be read ({why}); run ddad predict first."
         ) from None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddad.adaptation import RECONSTRUCTION_BATCH, Adapter, Epoch, Pairs, best_epoch, reconstruct_all
+from ddad.anomaly_map import image_score
 from ddad.calibration import fit_units
 from ddad.checkpoint import CheckpointStore
 from ddad.config import AdaptationSettings, SamplingSettings, Settings
@@ -39,7 +40,7 @@ class SyntheticTest:
 
     The good images must not have been trained on. Units come from one half of them and judge the other half, with the
     defects painted on it, then the other way round: nothing is judged by what it was fitted on. Reconstructions are
-    made once for each way of sampling, and kept in 16 bits.
+    kept, in 16 bits, while the way of sampling is the same.
     """
 
     def __init__(self, detector: Detector, good: Sequence[np.ndarray], painted: Sequence[SyntheticDefect]) -> None:
@@ -54,17 +55,17 @@ class SyntheticTest:
         self.labels = np.arange(len(self.images)) >= len(good)
         self.sources = np.array([*range(len(good)), *(defect.source_index for defect in painted)])
         self.halves = self.sources % 2
-        self._reconstructions: dict[SamplingSettings, list[Tensor]] = {}
+        self._rebuilt: tuple[SamplingSettings, list[Tensor]] | None = None
 
     def distances(self) -> Tensor:
         """Distances with the detector's present features, not smoothed, (N, K, H, W) on the CPU."""
         sampling = self.detector.settings.sampling
-        if sampling not in self._reconstructions:
-            self._reconstructions[sampling] = list(reconstruct_all(self.detector, self.images))
+        if self._rebuilt is None or self._rebuilt[0] != sampling:
+            self._rebuilt = sampling, list(reconstruct_all(self.detector, self.images))
         parts = []
         for first in range(0, len(self.images), RECONSTRUCTION_BATCH):
             chunk = slice(first, first + RECONSTRUCTION_BATCH)
-            rebuilt = torch.stack(self._reconstructions[sampling][chunk]).float().to(self.detector.device)
+            rebuilt = torch.stack(self._rebuilt[1][chunk]).float().to(self.detector.device)
             parts.append(self.detector.distances(self.images[chunk], rebuilt).cpu())
         return torch.cat(parts)
 
@@ -80,13 +81,13 @@ class SyntheticTest:
 
     def image_auroc(self) -> float:
         """How well the detector as it is tells good images from synthetic defects, in [0, 1]."""
-        scores = self.detector.image_score(self.maps(self.distances())).numpy()
+        scores = image_score(self.maps(self.distances())).numpy()
         return image_metrics(scores, self.labels)["image_auroc"]
 
     def quality(self, distances: Tensor) -> np.ndarray:
         """Mean of image AUROC and AUPRO, in [0, 1], in each of `GROUPS` groups of images, (GROUPS,)."""
         maps = self.maps(distances)
-        scores = self.detector.image_score(maps).numpy()
+        scores = image_score(maps).numpy()
         group = self.sources // 2 % GROUPS  # each has images of both halves
         return np.array([self._quality(scores, maps, np.flatnonzero(group == number)) for number in range(GROUPS)])
 
@@ -169,7 +170,7 @@ def tune(
             changes[f"{group}.{name}"] = value
     said = (
         f"{len(trials)} settings were tried on {len(good)} good images with {len(test.images) - len(good)} synthetic "
-        f"defects: mean of image AUROC and AUPRO {before.mean():.3f} before, {best.mean():.3f} after"
+        f"defects: mean of image AUROC and AUPRO on these {before.mean():.3f} before, {best.mean():.3f} after"
         + (
             f" ({', '.join(f'{name} {value}' for name, value in changes.items())})."
             if changes
@@ -193,7 +194,6 @@ def _coordinates(settings: Settings) -> Iterator[tuple[str, str, Sequence[Any]]]
         ("scoring", "pixel_weight", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),
         ("scoring", "layer_weights", [tuple(one) for one in _tilted(weights)]),
         ("scoring", "smoothing", (2.0, 3.0, 4.0, 6.0, 8.0)),
-        ("scoring", "peak_share", (0.0, 0.001, 0.01)),
     ]
     stride, most = settings.sampling.stride, settings.max_timestep - 1
     yield from cheap
@@ -216,7 +216,12 @@ def _get(settings: Settings, group: str, name: str) -> Any:
 
 
 def _with(settings: Settings, group: str, name: str, value: Any) -> Settings:
-    return settings.model_copy(update={group: getattr(settings, group).model_copy(update={name: value})})
+    changed = settings.model_copy(update={group: getattr(settings, group).model_copy(update={name: value})})
+    if name != "start_timestep":
+        return changed
+    # Which timesteps the network was trained for follows from T', unless it is written down.
+    training = settings.training.model_copy(update={"max_timestep": settings.max_timestep})
+    return changed.model_copy(update={"training": training})
 
 
 def paint_halves(good: Sequence[np.ndarray], count: int, seed: int) -> list[SyntheticDefect]:

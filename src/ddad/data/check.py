@@ -116,7 +116,7 @@ def check(root: str | os.PathLike[str], false_alarms: float = 0.01, image_size: 
     else:
         split = {name: len(part) for name, part in zip(("train", "select", "calibration"), parts, strict=True)}
         different = split["calibration"]  # copies of an image add no evidence
-        if too_few_to_split(sum(split.values()), different, false_alarms):
+        if too_few_to_split(sum(split.values()), split["select"], different, false_alarms):
             different += split["select"]
         if different < needed:
             message = (

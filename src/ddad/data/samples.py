@@ -21,6 +21,7 @@ SHAPE_MULTIPLE = 32  # five halvings in the U-Net
 
 SELECT_FROM = 0.9
 SPLIT_FROM = 100  # good images; with fewer, and too few to rank for the rate, select and calibration are one
+FOLDED_FROM = 16  # of these
 CALIBRATION_LADDER = (0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4)
 
 
@@ -125,16 +126,17 @@ def split_hashes(hashes: Sequence[str], false_alarms: float) -> tuple[list[str],
     return ordered[calibration : n - select], ordered[n - select :], ordered[:calibration]
 
 
-def too_few_to_split(good: int, calibration: int, false_alarms: float) -> bool:
+def too_few_to_split(good: int, select: int, calibration: int, false_alarms: float) -> bool:
     """Whether the images that were not trained on are too few for two sets, of which only one ranks.
 
-    They then both give units and rank, in folds (`Detector.calibrate_across`), and nothing may be chosen by them.
+    They then both give units and rank, in folds (`Detector.calibrate_across`), and nothing may be chosen by them. Fewer
+    than `FOLDED_FROM` are left as two sets: in simulations folds of so few broke the promise.
 
     Args:
-        good: all good images.
-        calibration: those that would rank.
+        good: all good images at hand.
+        select, calibration: those among them that would give units, and rank.
     """
-    return good < SPLIT_FROM and calibration < images_needed(false_alarms)
+    return good < SPLIT_FROM and select + calibration >= FOLDED_FROM and calibration < images_needed(false_alarms)
 
 
 def model_shape(sizes: Iterable[tuple[int, int]], image_size: int) -> tuple[int, int]:

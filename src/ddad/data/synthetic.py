@@ -442,8 +442,8 @@ def contact_sheet(images: Sequence[UInt8], masks: Sequence[Bool | None] | None =
     return sheet
 
 
-def draw_examples(data: str | Path, path: str | Path, rows: int = 4, size: int = 256) -> None:
-    """Draw one defect of each kind a row, on good images of `data`, as a PNG file: what choices are made on.
+def draw_examples(data: str | Path, path: str | Path, size: int, rows: int = 4) -> None:
+    """Draw one defect of each kind a row, on good images of `data` at the model's size, as a PNG file.
 
     Raises:
         DataError: there are no good images, one cannot be read, or the file cannot be written.
