@@ -492,8 +492,15 @@ def demo(
     from ddad.data.demo import write_demo_dataset
 
     data = write_demo_dataset(out / "parts", seed=seed)
-    # Adaptation would take a minute more, and does not help there (docs/log.md).
-    settings = make_settings("xs", image_size=96, seed=seed, false_alarms=0.05, adaptation={"epochs": 0})
+    # A few hundred steps want a larger rate. Adaptation would take a minute more, and does not help (docs/log.md).
+    settings = make_settings(
+        "xs",
+        image_size=96,
+        seed=seed,
+        false_alarms=0.05,
+        training={"learning_rate": 1.6e-3},
+        adaptation={"epochs": 0},
+    )
     from ddad.detector import Detector
     from ddad.fit import fit
     from ddad.report import evaluate_folder
