@@ -14,8 +14,10 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
+from ddad.anomaly_map import image_score
 from ddad.data.folder import scan
 from ddad.data.samples import model_shape, paths_by_hash
+from ddad.data.synthetic import SyntheticDefect
 from ddad.detector import Detector
 from ddad.images import probe, read_image
 from ddad.metrics import image_metrics
@@ -44,16 +46,26 @@ def main() -> None:
         test = SyntheticTest(
             detector,
             [read_image(image, detector.shape) for image in good],
-            [defect._replace(image=read_image(defect.image, detector.shape)) for defect in painted],
+            [at_shape(defect, detector.shape) for defect in painted],
         )
         distances = test.distances()
         kinds = distances.shape[1]
         weightings = [tuple(float(j == k) for j in range(kinds)) for k in range(kinds)] + [detector.weights]
-        columns = [auroc_with_spread(test.labels, test.scores(distances, weights)) for weights in weightings]
+        columns = []
+        for weights in weightings:
+            weighted = {"pixel_weight": weights[0], "layer_weights": weights[1:]}
+            scoring = detector.settings.scoring.model_copy(update=weighted)
+            detector.settings = detector.settings.model_copy(update={"scoring": scoring})
+            columns.append(auroc_with_spread(test.labels, image_score(test.maps(distances)).numpy()))
         loss = detector.record["training"]["held_out_loss"]
         size = "{} x {}".format(*detector.shape)
         layers = ", ".join(columns[1:-1])
         print(f"| {name} | {size} | {loss:.4f} | {columns[0]} | {layers} | {columns[-1]} |", flush=True)
+
+
+def at_shape(defect: SyntheticDefect, shape: tuple[int, int]) -> SyntheticDefect:
+    mask = read_image(np.repeat(defect.mask[..., None] * np.uint8(255), 3, axis=2), shape)[..., 0] > 127
+    return defect._replace(image=read_image(defect.image, shape), mask=mask)
 
 
 def auroc_with_spread(labels: np.ndarray, values: np.ndarray, draws: int = 200) -> str:
