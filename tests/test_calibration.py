@@ -68,7 +68,7 @@ def test_verdict_is_the_p_value_against_the_budget():
 def test_the_promise_is_plain():
     assert calibrated(99, 0.01).promise() == (
         "99 good calibration images: about 1 % of good parts are flagged in the long run, with 95 % confidence at most "
-        "3 %."
+        "3 %. A bound of 1 % takes at least 299 images."
     )
 
 
@@ -78,8 +78,8 @@ def test_too_few_images_say_so():
     assert calibration.promised_rate == pytest.approx(1 / 25)
     assert calibration.promise() == (
         "24 good calibration images: about 4 % of good parts are flagged in the long run, with 95 % confidence at most "
-        "12 %. 1 % was asked for and cannot be promised with fewer than 99 calibration images; the threshold is the "
-        "largest score among them."
+        "12 %. A bound of 1 % takes at least 299 images. 1 % was asked for and cannot be promised with fewer than 99 "
+        "calibration images; the threshold is the largest score among them."
     )
 
 
