@@ -72,6 +72,13 @@ def test_the_promise_is_plain():
     )
 
 
+def test_with_enough_images_only_promise_and_bound_are_said():
+    assert calibrated(99, 0.05).promise() == (
+        "99 good calibration images: about 5 % of good parts are flagged in the long run, with 95 % confidence at most "
+        "9 %."
+    )
+
+
 def test_too_few_images_say_so():
     calibration = calibrated(24, 0.01)
     assert calibration.threshold == 1.0  # the largest

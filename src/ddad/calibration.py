@@ -81,9 +81,10 @@ class Calibration(BaseModel):
             f"{len(self.scores)} good calibration images{f' in {self.folds} folds' if self.folds else ''}: about "
             f"{_percent(self.promised_rate)} of good parts are flagged in the long run, with "
             f"{_percent(conformal.CONFIDENCE)} confidence {'roughly ' if self.folds else ''}at most "
-            f"{_percent(self.rate_bound)}. A bound of {_percent(self.false_alarms)} takes at least "
-            f"{conformal.images_to_bound(self.false_alarms)} images."
+            f"{_percent(self.rate_bound)}."
         )
+        if len(self.scores) < (bounding := conformal.images_to_bound(self.false_alarms)):
+            text += f" A bound of {_percent(self.false_alarms)} takes at least {bounding} images."
         if self.promised_rate > self.false_alarms * 1.0001:
             needed = conformal.images_needed(self.false_alarms)
             text += (
