@@ -6,11 +6,9 @@ anomalous as its features are far from the nearest remembered ones, wherever in 
 all channels are kept as they are, the memory has a fixed size, and the score is the map's maximum, not reweighted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from torch.nn import functional
 from ddad.anomaly_map import image_score, regions, smooth
 from ddad.calibration import Calibration, Ranking, calibrate
 from ddad.data.samples import Dataset, Sample, paths_by_hash
-from ddad.detector import Detector, Prediction
+from ddad.detector import Detector, Prediction, chunks, read_ahead
 from ddad.errors import DataError
 from ddad.features import create_features, pool
 from ddad.images import ImageRule, read_image, read_photo
@@ -34,9 +32,8 @@ PROJECTED = 128
 """Dimensions that distances are measured in while choosing; a random projection nearly keeps them."""
 CHUNK = 2048
 """Places compared with the memory at a time: 32 MiB of distances."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+AHEAD = 4
+"""Images read before they are used, for each thread."""
 
 
 class NearestNeighbours:
@@ -81,7 +78,7 @@ class NearestNeighbours:
         """
         rng = np.random.default_rng(self.seed)
         candidates, seen = np.empty((0, 0), np.float32), 0
-        for batch in _batches(images, batch_size):
+        for batch in chunks(images, batch_size):
             vectors = self.describe(batch).flatten(0, 2).cpu().numpy()
             if not seen:
                 candidates = np.empty((CANDIDATES, vectors.shape[1]), np.float32)
@@ -107,7 +104,7 @@ class NearestNeighbours:
         Raises:
             DataError: there is no image.
         """
-        scores = [score for batch in _batches(images, batch_size) for score in self.score(batch)[1].tolist()]
+        scores = [score for batch in chunks(images, batch_size) for score in self.score(batch)[1].tolist()]
         self.calibration = calibrate((), scores, false_alarms)
 
     @torch.no_grad()
@@ -149,8 +146,12 @@ class NearestNeighbours:
         """
         ranking = Ranking(self.calibration)
         limit = self.calibration.threshold
-        photos = ((sample, photo) for sample, photo in _in_threads(self._read, samples, workers) if photo is not None)
-        for batch in _batches(photos, batch_size):
+        photos = (
+            (sample, photo)
+            for sample, photo in read_ahead(self._read, samples, workers, AHEAD * workers)
+            if photo is not None
+        )
+        for batch in chunks(photos, batch_size):
             maps, scores = self.score([image for _, (image, _) in batch])
             for (sample, (image, size)), anomaly_map, score in zip(
                 batch, maps.cpu().numpy(), scores.tolist(), strict=True
@@ -251,21 +252,8 @@ def fit_baseline(
     def read(path: Path) -> np.ndarray:
         return read_image(path, shape, detector.image_rule)
 
-    baseline.fit((image for _, image in _in_threads(read, train, workers)), batch_size)
+    baseline.fit((image for _, image in read_ahead(read, train, workers, AHEAD * workers)), batch_size)
     if calibration:
-        images = (image for _, image in _in_threads(read, calibration, workers))
+        images = (image for _, image in read_ahead(read, calibration, workers, AHEAD * workers))
         baseline.calibrate(images, detector.settings.false_alarms, batch_size)
     return baseline
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    remaining = iter(items)
-    while batch := list(islice(remaining, size)):
-        yield batch
-
-
-def _in_threads(read: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
-    """Items and what was read of them, in order, a few at a time."""
-    with ThreadPoolExecutor(max(1, workers)) as threads:
-        for batch in _batches(items, 4 * max(1, workers)):
-            yield from zip(batch, threads.map(read, batch), strict=True)

@@ -45,7 +45,7 @@ def threshold(calibration: ArrayLike, false_alarms: float) -> float:
     1 / (n + 1); see `promised_rate`. Raises ConfigError unless 0 < false_alarms < 1, DataError as `p_value`.
     """
     ordered = np.sort(_checked(calibration))
-    return float(ordered[-max(_rank(len(ordered), false_alarms), 1)])
+    return float(ordered[-_rank_used(len(ordered), false_alarms)])
 
 
 def promised_rate(n: int, false_alarms: float) -> float:
@@ -54,9 +54,7 @@ def promised_rate(n: int, false_alarms: float) -> float:
     k / (n + 1), which is at most `false_alarms`, or 1 / (n + 1) where n is below `images_needed`. Raises ConfigError
     unless 0 < false_alarms < 1, DataError unless n >= 1.
     """
-    if n < 1:
-        raise DataError(f"expected at least 1 calibration image, but found {n}; add photographs of good parts.")
-    return max(_rank(n, false_alarms), 1) / (n + 1)
+    return _rank_used(n, false_alarms) / (n + 1)
 
 
 def rate_bound(n: int, false_alarms: float, confidence: float = CONFIDENCE) -> float:
@@ -65,7 +63,7 @@ def rate_bound(n: int, false_alarms: float, confidence: float = CONFIDENCE) -> f
     Raises as `promised_rate`, and ConfigError unless 0 < confidence < 1.
     """
     _check_share(confidence, "a confidence", "0.95")
-    k = round(promised_rate(n, false_alarms) * (n + 1))
+    k = _rank_used(n, false_alarms)
     return float(special.betaincinv(k, n + 1 - k, confidence))
 
 
@@ -88,7 +86,7 @@ def chance_of(flagged: int, images: int, n: int, false_alarms: float) -> float:
     """
     if not 0 <= flagged <= images:
         raise DataError(f"expected between 0 and {images} flagged images, but found {flagged}; count again.")
-    k = round(promised_rate(n, false_alarms) * (n + 1))
+    k = _rank_used(n, false_alarms)
     j = np.arange(flagged, images + 1)
     ways = special.gammaln(images + 1) - special.gammaln(j + 1) - special.gammaln(images - j + 1)
     chances = np.exp(ways + special.betaln(j + k, images - j + n + 1 - k) - special.betaln(k, n + 1 - k))
@@ -103,6 +101,13 @@ def images_needed(false_alarms: float) -> int:
     _check_rate(false_alarms)
     total = max(round(1 / false_alarms), 1)
     return total - 1 if 1 / total <= false_alarms else total
+
+
+def _rank_used(n: int, false_alarms: float) -> int:
+    """Which of n scores, from the largest, is the threshold: the largest itself where the rate cannot be had."""
+    if n < 1:
+        raise DataError(f"expected at least 1 calibration image, but found {n}; add photographs of good parts.")
+    return max(_rank(n, false_alarms), 1)
 
 
 def _rank(n: int, false_alarms: float) -> int:

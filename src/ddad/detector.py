@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 import torch
@@ -57,6 +58,8 @@ STATISTICS = "statistics.safetensors"
 FOLDS = 10
 """Of a cross-fitted calibration: more would cost nothing and change little."""
 PACKAGES = ("torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 
 
@@ -297,7 +300,7 @@ class Detector:
         """Image scores of images (uint8, model shape), without pictures and verdicts."""
         return [
             score
-            for chunk in _chunks(images, batch_size)
+            for chunk in chunks(images, batch_size)
             for score in image_score(self.fuse(self.compare(chunk)[0])).tolist()
         ]
 
@@ -306,7 +309,7 @@ class Detector:
         return self.settings.scoring.position == "standardise"
 
     def _compared(self, images: Iterable[np.ndarray], batch_size: int) -> Tensor:
-        return torch.cat([self.compare(chunk)[0].cpu() for chunk in _chunks(images, batch_size)])
+        return torch.cat([self.compare(chunk)[0].cpu() for chunk in chunks(images, batch_size)])
 
     def _use_units(self, distances: Tensor) -> Units:
         units = fit_units(distances, self._by_position)
@@ -359,7 +362,7 @@ class Detector:
                 yield source, item if isinstance(item, DataError) else next(predictions)
             pending.clear()
 
-        for source, item in _read_ahead(self._read, images, workers, ahead=2 * batch_size):
+        for source, item in read_ahead(self._read, images, workers, ahead=2 * batch_size):
             pending.append((source, item))
             if len(pending) >= batch_size:
                 yield from flush()
@@ -528,25 +531,21 @@ def _looked_at(images: Iterable[np.ndarray], seen: list[PhotoStatistics]) -> Ite
         yield image
 
 
-def _chunks(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    chunk: list[np.ndarray] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of at most `size` items, in order."""
+    remaining = iter(items)
+    while chunk := list(islice(remaining, size)):
         yield chunk
 
 
-def _read_ahead(
-    read: Callable[[ImageSource], _Photo | DataError], sources: Iterable[ImageSource], workers: int, ahead: int
-) -> Iterator[tuple[ImageSource, _Photo | DataError]]:
-    """Read in threads, in order, never more than `ahead` images before they are used."""
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+) -> Iterator[tuple[Item, Result]]:
+    """Items and what was read of them in threads, in order, never more than `ahead` before they are used."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        queue: deque[tuple[ImageSource, Future[_Photo | DataError]]] = deque()
-        for source in sources:
-            queue.append((source, pool.submit(read, source)))
+        queue: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            queue.append((item, pool.submit(read, item)))
             if len(queue) > ahead:
                 first, future = queue.popleft()
                 yield first, future.result()
