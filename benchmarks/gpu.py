@@ -20,11 +20,11 @@ import torch
 from ddad.ablation import run_ablation
 from ddad.config import Settings, make_settings
 from ddad.detector import Detector, package_versions
+from ddad.errors import Interrupted
 from ddad.features import FeatureExtractor, create_features
 from ddad.files import write_json
 from ddad.fit import fit
 from ddad.report import evaluate_folder
-from ddad.training import Interrupted
 from ddad.unet import create_scheduler, create_unet
 
 PRESETS = {"base": 0.7, "s": 0.3}

@@ -22,10 +22,9 @@ from ddad.comparison import METRICS, duration, paper_figures, write_tables
 from ddad.config import PRESETS, make_settings
 from ddad.data import mvtec_ad, visa
 from ddad.data.demo import render_part
-from ddad.errors import ConfigError, DataError
+from ddad.errors import ConfigError, DataError, Interrupted
 from ddad.evaluation import Evaluation
 from ddad.fit import Estimate
-from ddad.training import Interrupted
 
 STEPS = 6
 CHANGES = {

@@ -15,9 +15,8 @@ from diffusers import UNet2DModel
 from analytic import GaussianUNet
 from ddad.checkpoint import CheckpointStore
 from ddad.config import TrainingSettings
-from ddad.errors import ConfigError, ModelError
+from ddad.errors import ConfigError, Interrupted, ModelError
 from ddad.training import (
-    Interrupted,
     Trainer,
     augment,
     batch_indices,

@@ -7,10 +7,11 @@ the difference. The method is DDAD (Mousakhan, Brox, Tayyub, arXiv 2305.15956).
     detector = Detector.from_pretrained("models/tile")
     result = detector.predict("part.png")
 
-Where to read: the method is `unet`, `sampling`, `features`, `anomaly_map`, `calibration`, `detector`, in this order;
-`training`, `adaptation`, `tuning` and `fit` make the weights; `baseline`, `evaluation`, `report`, `ablation` and
-`benchmark` judge them; `conformal` makes the promise, `drift` watches it; `cli` is the command line. A module imports
-only modules above it. Names below are loaded when first used, so that `import ddad` does not load torch.
+Where to read: the method is `unet`, `sampling`, `features`, `anomaly_map`, `calibration`, `detector`, in this order,
+and `backends` makes it fast; `training`, `adaptation`, `tuning`, `distillation` and `fit` make the weights;
+`baseline`, `evaluation`, `report`, `ablation` and `benchmark` judge them; `conformal` makes the promise, `drift`
+watches it; `cli` is the command line. A module imports only modules above it. Names below are loaded when first used,
+so that `import ddad` does not load torch.
 """
 
 from importlib import import_module

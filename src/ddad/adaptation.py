@@ -24,8 +24,9 @@ from torch.nn import functional
 from ddad.checkpoint import CheckpointStore
 from ddad.config import AdaptationSettings
 from ddad.detector import Detector
+from ddad.errors import Interrupted
 from ddad.sampling import to_unit
-from ddad.training import Images, Interrupted, asked_to_stop, step_generator
+from ddad.training import Images, asked_to_stop, step_generator
 
 Similarity = Literal["position", "flat"]
 RECONSTRUCTION_BATCH = 4

@@ -22,11 +22,11 @@ from ddad.config import Settings, make_settings
 from ddad.data import mtd, mvtec_ad, visa
 from ddad.data.samples import Dataset, content_hash, fingerprint
 from ddad.detector import Detector
-from ddad.errors import ConfigError, DataError, DDADError
+from ddad.errors import ConfigError, DataError, DDADError, Interrupted
 from ddad.files import write_json, write_text
 from ddad.fit import DEFAULT_TIME_BUDGET, MOST_SELECT, Estimate, differences, fit
 from ddad.report import evaluate_folder
-from ddad.training import Interrupted, Progress
+from ddad.training import Progress
 from ddad.unet import choose_device
 
 PAPER_PRESETS = ("paper", "paper-s")

@@ -51,6 +51,8 @@ def model_card(detector: Detector) -> str:
         rows["adaptation"] = adaptation["said"]
     if tuning := record.get("tuning"):
         rows["tuning"] = tuning["said"]
+    if distillation := record.get("distillation"):
+        rows["student"] = distillation["said"]
     if converted := record.get("converted"):
         rows["converted from"] = f"{converted['from']}, `{_file(converted['checkpoint'])}`"
         weights = converted["features"]["weights"]

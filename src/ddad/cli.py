@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ddad import __version__
 from ddad.config import IMAGE_SIZE
-from ddad.errors import ConfigError, DataError, DDADError, ModelError
+from ddad.errors import ConfigError, DataError, DDADError, Interrupted, ModelError
 
 if TYPE_CHECKING:
     from ddad.data.check import CheckReport
@@ -74,6 +74,11 @@ ImageSize = Annotated[int, typer.Option(help="The model's height and width are a
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one by default.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images inspected together; scores do not depend on it.")]
+Fast = Annotated[bool, typer.Option("--fast", help="The model's one-call student, made by ddad distill.")]
+BackendName = Annotated[
+    str, typer.Option(metavar="NAME", help="torch, compile, onnxruntime or openvino: what computes the networks.")
+]
+PrecisionName = Annotated[str, typer.Option(metavar="NAME", help="fp32, or bf16 where the processor computes it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutModel = Annotated[Path | None, typer.Option(help="The model folder to write; by default MODEL is replaced.")]
 Data = Annotated[Path, typer.Argument(help="A folder in MVTec layout, or a folder of good images.")]
@@ -191,6 +196,9 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="The folder for results.jsonl and the pictures.")],
     batch_size: BatchSize = 4,
+    fast: Fast = False,
+    backend: BackendName = "torch",
+    precision: PrecisionName = "fp32",
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
@@ -205,10 +213,9 @@ def predict(
         paths += list_images(path) if path.is_dir() else [path]
     if not paths:
         raise DataError(f"Expected images in {', '.join(map(str, images))}, found none; name other folders.")
-    from ddad.detector import Detector
     from ddad.results import write_results
 
-    detector = Detector.from_pretrained(model, device=device)
+    detector = _load(model, device, fast, backend, precision)
     unreadable = flagged = 0
     with _Interruptible():
         for row in write_results(detector, paths, out, batch_size=batch_size, workers=workers):
@@ -236,15 +243,17 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images inspected together; only scores as published depend on it.")
     ] = None,
+    fast: Fast = False,
+    backend: BackendName = "torch",
+    precision: PrecisionName = "fp32",
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on labelled test images; write metrics.json and one report.html."""
-    from ddad.detector import Detector
     from ddad.report import evaluate_folder
 
-    detector = Detector.from_pretrained(model, device=device)
+    detector = _load(model, device, fast, backend, precision)
     with _Interruptible():
         evaluation = evaluate_folder(detector, data, out, baseline=baseline, batch_size=batch_size, workers=workers)
     _print_evaluation(evaluation, out, as_json)
@@ -308,6 +317,33 @@ def tune(
         seconds = time_budget or DEFAULT_SECONDS
         detector = tune_model(model, data, out, seconds=seconds, device=device, workers=workers, on_stage=print)
     _print_calibrated(detector, out or model)
+
+
+@app.command()
+def distill(
+    model: Model,
+    data: Data,
+    out: OutModel = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default 600.")] = None,
+    device: Device = None,
+    workers: Workers = 2,
+) -> None:
+    """Give a model a one-call student for --fast, where it finds synthetic defects as well."""
+    from ddad.distillation import STEPS
+    from ddad.refit import distill as distill_model
+
+    with _Interruptible(), _ProgressPrinter(quiet=False) as printer:
+        student = distill_model(
+            model,
+            data,
+            out,
+            steps=steps or STEPS,
+            device=device,
+            workers=workers,
+            on_stage=printer.say,
+            on_progress=printer.progress,
+        )
+    _print_calibrated(student, out or model)
 
 
 @app.command()
@@ -464,6 +500,7 @@ def info(model: Model, as_json: AsJson = False) -> None:
         "features": settings["scoring"]["features"],
         "adaptation": record.get("adaptation", {}).get("said"),
         "tuning": record.get("tuning", {}).get("said"),
+        "student": (_student_record(model) or {}).get("distillation", {}).get("said"),
         "converted from": record.get("converted", {}).get("checkpoint", {}).get("file"),
         "trained": record.get("trained"),
         "steps": training.get("steps"),
@@ -521,6 +558,12 @@ def demo(
     _print_evaluation(evaluation, out, as_json)
 
 
+def _load(model: Path, device: str | None, fast: bool, backend: Any, precision: Any) -> "Detector":
+    from ddad.detector import Detector
+
+    return Detector.from_pretrained(model, device, fast=fast, backend=backend, precision=precision)
+
+
 def _settings(preset: str, **options: Any) -> Any:
     from ddad.config import PRESETS, make_settings
 
@@ -567,6 +610,12 @@ def _promise(record: dict[str, Any]) -> str:
     return Calibration.model_validate(calibration).promise() if calibration else "not calibrated"
 
 
+def _student_record(model: Path) -> dict[str, Any] | None:
+    from ddad.detector import RECORD, STUDENT, read_record
+
+    return read_record(model / STUDENT) if (model / STUDENT / RECORD).is_file() else None
+
+
 def _print_calibrated(detector: "Detector", folder: Path) -> None:
     assert detector.calibration is not None
     print(detector.calibration.promise())
@@ -610,8 +659,6 @@ class _Interruptible:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from ddad.training import Interrupted
-
         if isinstance(error, Interrupted):
             print(f"Stopped at {error}, and saved. The same command goes on from there.", file=sys.stderr)
             raise SystemExit(INTERRUPTED)

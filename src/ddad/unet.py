@@ -5,15 +5,17 @@ are multiples of 32.
 """
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ddad.errors import ConfigError
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and a detector whose networks run elsewhere does without
+    from diffusers import DDIMScheduler, UNet2DModel
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -55,16 +57,34 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def create_unet(architecture: str) -> UNet2DModel:
+def create_unet(architecture: str) -> "UNet2DModel":
     """A U-Net with fresh weights: `xs`, `s` or `base`."""
+    from diffusers import UNet2DModel
+
     return UNet2DModel(**ARCHITECTURES[architecture])
 
 
-def create_scheduler(prediction_type: str) -> DDIMScheduler:
+def load_unet(folder: Path) -> "UNet2DModel":
+    """What `UNet2DModel.save_pretrained` wrote; raises OSError, ValueError, RuntimeError or SafetensorError."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+
+
+def load_scheduler(folder: Path) -> "DDIMScheduler":
+    """What `DDIMScheduler.save_pretrained` wrote; raises OSError or ValueError."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_pretrained(folder, local_files_only=True)
+
+
+def create_scheduler(prediction_type: str) -> "DDIMScheduler":
     """The noise schedule of the paper: linear betas 1e-4 … 0.02 over 1000 timesteps.
 
     `clip_sample` is off: clipping the clean estimate would break the identity `ddad.sampling` is built on.
     """
+    from diffusers import DDIMScheduler
+
     return DDIMScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         beta_start=1e-4,
@@ -77,8 +97,10 @@ def create_scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
-def set_attention_heads(unet: UNet2DModel, heads: int) -> None:
+def set_attention_heads(unet: "UNet2DModel", heads: int) -> None:
     """Give every attention layer the same number of heads, as published (diffusers fixes channels a head instead)."""
+    from diffusers.models.attention_processor import Attention
+
     for module in unet.modules():
         if isinstance(module, Attention):
             module.heads = heads
