@@ -62,7 +62,7 @@ def ideal(monkeypatch):
     features = create_features("efficientnet-lite2", (2, 3))
     detector = Detector(GaussianUNet(0.0, 0.1), create_scheduler("epsilon"), features, settings, SHAPE, device="cpu")
     detector.calibrate([pixels(300 + i) for i in range(8)], [pixels(400 + i) for i in range(19)])
-    monkeypatch.setattr(Detector, "from_pretrained", lambda folder, device=None: detector)
+    monkeypatch.setattr(Detector, "from_pretrained", lambda folder, device=None, **how: detector)
     return detector
 
 

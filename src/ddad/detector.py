@@ -576,8 +576,9 @@ class Detector:
             detector._graphs_of, detector.device = folder, torch.device("cpu")
             return detector
         detector = cls(*_load_parts(folder, settings), settings, shape, **known, device=device)
-        # Measured faster on CPUs, too; a network that is trained keeps the usual order, whose gradients are faster.
-        detector.unet.to(memory_format=torch.channels_last)
+        if precision == "bf16":
+            # Faster on CPUs, too; but there GroupNorm then rounds a thousand times more coarsely, so not in fp32.
+            detector.unet.to(memory_format=torch.channels_last)
         detector.precision = precision
         if backend == "compile":
             denoise, features = compiled(detector.unet, detector.features)
