@@ -100,15 +100,21 @@ def test_predict_writes_rows_and_pictures(ideal, data, tmp_path):
     assert len({row["files"]["heatmap"] for row in rows if row["files"]}) == 13
 
 
-def test_a_file_that_vanishes_on_the_way_does_not_end_the_run(ideal, data, tmp_path):
+def test_a_file_that_vanishes_on_the_way_does_not_end_the_run(ideal, data, tmp_path, monkeypatch):
     paths = []
     for i in range(3):
         paths.append(tmp_path / f"{i}.png")
         shutil.copy(data / "test/good/000.png", paths[-1])
-    rows = []
-    for row in write_results(ideal, paths, tmp_path / "out", batch_size=3):
-        rows.append(row)
-        paths[1].unlink(missing_ok=True)  # inspected already, but not drawn yet
+    inspected = ideal.stream
+
+    def stream(*arguments):
+        for path, result in inspected(*arguments):
+            if path == paths[1]:
+                path.unlink()  # inspected already, but not drawn yet
+            yield path, result
+
+    monkeypatch.setattr(ideal, "stream", stream)
+    rows = list(write_results(ideal, paths, tmp_path / "out", batch_size=3))
     assert [row["error"] is None for row in rows] == [True, False, True]
     assert "1.png" in rows[1]["error"]
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3

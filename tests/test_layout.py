@@ -26,6 +26,7 @@ ORDER = [
     "data.demo",
     "unet",
     "sampling",
+    "tiling",
     "features",
     "anomaly_map",
     "backends",

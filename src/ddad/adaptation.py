@@ -87,7 +87,7 @@ class Pairs:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._images))
         others = np.roll(order, 1)  # a good image other than itself
-        size = self._settings.batch_size
+        size = max(1, self._settings.batch_size // self._detector.tiling.number)  # a canvas takes that many times more
         for number, first in enumerate(range(0, len(order), size)):
             chosen, other = order[first : first + size], others[first : first + size]
             photographs = [self._images[i] for i in chosen]

@@ -18,7 +18,7 @@ from torch.nn import functional
 from ddad.anomaly_map import image_score, regions, smooth
 from ddad.calibration import Calibration, Ranking, calibrate
 from ddad.data.samples import Dataset, Sample, paths_by_hash
-from ddad.detector import Detector, Prediction, chunks, read_ahead
+from ddad.detector import Detector, Prediction, chunks, in_threads
 from ddad.errors import DataError
 from ddad.features import create_features, pool
 from ddad.images import ImageRule, read_image, read_photo
@@ -148,7 +148,7 @@ class NearestNeighbours:
         limit = self.calibration.threshold
         photos = (
             (sample, photo)
-            for sample, photo in read_ahead(self._read, samples, workers, AHEAD * workers)
+            for sample, photo in in_threads(self._read, samples, workers, AHEAD * workers)
             if photo is not None
         )
         for batch in chunks(photos, batch_size):
@@ -252,8 +252,8 @@ def fit_baseline(
     def read(path: Path) -> np.ndarray:
         return read_image(path, shape, detector.image_rule)
 
-    baseline.fit((image for _, image in read_ahead(read, train, workers, AHEAD * workers)), batch_size)
+    baseline.fit((image for _, image in in_threads(read, train, workers, AHEAD * workers)), batch_size)
     if calibration:
-        images = (image for _, image in read_ahead(read, calibration, workers, AHEAD * workers))
+        images = (image for _, image in in_threads(read, calibration, workers, AHEAD * workers))
         baseline.calibrate(images, detector.settings.false_alarms, batch_size)
     return baseline

@@ -63,6 +63,13 @@ def _rate(given: str | float) -> float:
     return value
 
 
+def _tiles(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip().lower())
+    if not match:
+        raise typer.BadParameter(f"expected rows x columns such as 2x3, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 Preset = Annotated[str, typer.Option(help="xs, s, base: ours; paper, paper-s: as published.")]
 FalseAlarms = Annotated[
     float,
@@ -137,6 +144,12 @@ def train(
     image_size: Annotated[
         int | None, typer.Option(help="The model's height and width are about this; a multiple of 32.")
     ] = None,
+    tiles: Annotated[
+        Any,
+        typer.Option(
+            parser=_tiles, metavar="RxC", help="For large photographs: rows and columns of overlapping tiles, as 2x3."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     time_budget: Annotated[
         float | None,
@@ -160,6 +173,7 @@ def train(
     settings = _settings(
         preset,
         image_size=image_size,
+        tiles=tiles,
         seed=seed,
         false_alarms=false_alarms,
         features=features,
@@ -496,7 +510,8 @@ def info(model: Model, as_json: AsJson = False) -> None:
     rows = {
         "category": record.get("category"),
         "preset": settings["preset"],
-        "shape": "{} x {} pixels".format(*record["shape"]),
+        "shape": "{} x {} pixels".format(*record["shape"])
+        + (" in {} x {} tiles".format(*settings["tiles"]) if settings["tiles"] != [1, 1] else ""),
         "features": settings["scoring"]["features"],
         "adaptation": record.get("adaptation", {}).get("said"),
         "tuning": record.get("tuning", {}).get("said"),
@@ -567,7 +582,7 @@ def _load(model: Path, device: str | None, fast: bool, backend: Any, precision: 
 def _settings(preset: str, **options: Any) -> Any:
     from ddad.config import PRESETS, make_settings
 
-    changes: dict[str, Any] = {key: options.get(key) for key in ("image_size", "seed", "false_alarms")}
+    changes: dict[str, Any] = {key: options.get(key) for key in ("image_size", "tiles", "seed", "false_alarms")}
     if options.get("features"):
         changes["scoring"] = {"features": options["features"]}
     if options.get("augment"):

@@ -152,6 +152,8 @@ class Settings(_Frozen):
     preset: Preset = "xs"
     image_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = IMAGE_SIZE
     """Height and width are about this. A size twice as large needs four times the training (docs/log.md)."""
+    tiles: tuple[Annotated[int, Field(ge=1, le=16)], Annotated[int, Field(ge=1, le=16)]] = (1, 1)
+    """Rows and columns of overlapping tiles a photograph is cut into, each of the image size."""
     seed: Annotated[int, Field(ge=0)] = 0
     false_alarms: Annotated[float, Field(gt=0, lt=1)] = 0.01
     square: bool = False

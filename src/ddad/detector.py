@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 from collections import deque
@@ -59,6 +60,7 @@ from ddad.features import FeatureExtractor
 from ddad.files import atomic_folder, write_json, write_text
 from ddad.images import ImageRule, read_photo
 from ddad.sampling import match_level, reconstruct, to_unit
+from ddad.tiling import Tiles, Tiling
 from ddad.unet import choose_device, clean_from, load_scheduler, load_unet, predict, set_attention_heads
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ STUDENT = "fast"
 """Folder of the one-call student inside a model: a model of its own."""
 FOLDS = 10
 """Of a cross-fitted calibration: more would cost nothing and change little."""
+MOST_TILES = 8
+"""Tiles that go through the networks together, or as many as there are images: what they need of memory is bounded."""
 PACKAGES = ("torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -130,6 +134,10 @@ class Detector:
         record: dict[str, Any] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
+        """
+        Args:
+            shape: (height, width) that photographs are resized to; of the canvas, where there are tiles.
+        """
         self._know(settings, shape, calibration, statistics, image_rule or ImageRule(), record or {})
         if settings.network.attention_heads:
             set_attention_heads(unet, settings.network.attention_heads)
@@ -160,6 +168,7 @@ class Detector:
     ) -> None:
         self.settings = settings
         self.shape = shape
+        self.tiling = Tiling.of(shape, settings.tiles)
         self.calibration = calibration
         self.statistics = statistics
         self.image_rule = image_rule
@@ -213,6 +222,31 @@ class Detector:
             conditioning_weight: w, instead of the settings'.
             draw: another number, other noise; inspection uses 0.
         """
+        if conditioning_weight is None:
+            conditioning_weight = self.settings.sampling.conditioning_weight
+        tiles = Tiles(images, self.tiling)
+        starts = None if start is None else Tiles(start, self.tiling)
+        rebuilt = [
+            self._reconstruct_tiles(
+                [tiles[i] for i in part],
+                None if starts is None else [starts[i] for i in part],
+                conditioning_weight,
+                draw,
+            )
+            for part in chunks(range(len(tiles)), self._tiles_together(len(images)))
+        ]
+        return self.tiling.blend(torch.cat(rebuilt))
+
+    def _tiles_together(self, images: int) -> int:
+        return max(images, MOST_TILES)
+
+    def _reconstruct_tiles(
+        self,
+        images: Sequence[np.ndarray],
+        start: Sequence[np.ndarray] | None,
+        conditioning_weight: float,
+        draw: int,
+    ) -> Tensor:
         sampling, networks = self.settings.sampling, self._networks
         target = to_unit(images, self.device)
         generators = [_generator(image, draw) for image in images]
@@ -233,7 +267,7 @@ class Detector:
             networks.alphas_cumprod,
             sampling.timesteps,
             start_timestep=sampling.start_timestep,
-            conditioning_weight=sampling.conditioning_weight if conditioning_weight is None else conditioning_weight,
+            conditioning_weight=conditioning_weight,
             clamp=sampling.clamp,
             eta=sampling.eta,
             noise=noise,
@@ -249,19 +283,27 @@ class Detector:
         Returns:
             The pixel distance and one feature distance a layer, not smoothed, (B, K, H, W).
         """
-        scoring = self.settings.scoring
         target = to_unit(images, self.device)
-        distances = [pixel_distance(target, reconstruction)]
-        for layer in self._networks.features(torch.cat([target, reconstruction])):
-            distances.append(
-                feature_distance(
-                    layer[: len(images)],
-                    layer[len(images) :],
-                    self.shape,
-                    zero_padding=scoring.pool_padding == "zero",
-                    align_corners=scoring.align_corners,
-                )
+        of_pixels = pixel_distance(target, reconstruction)[:, None]
+        together = self._tiles_together(len(images))
+        pairs = zip(*(self.tiling.cut(one).split(together) for one in (target, reconstruction)), strict=True)
+        of_features = self.tiling.blend(torch.cat([self._feature_distances(*pair) for pair in pairs]))
+        return torch.cat([of_pixels, of_features], dim=1)
+
+    def _feature_distances(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        """One distance a layer of tiles (B, 3, h, w) in [-1, 1] and their reconstructions: (B, layers, h, w)."""
+        scoring = self.settings.scoring
+        count = len(target)
+        distances = [
+            feature_distance(
+                layer[:count],
+                layer[count:],
+                self.tiling.tile,
+                zero_padding=scoring.pool_padding == "zero",
+                align_corners=scoring.align_corners,
             )
+            for layer in self._networks.features(torch.cat([target, reconstruction]))
+        ]
         return torch.stack(distances, dim=1)
 
     def smooth(self, maps: Tensor) -> Tensor:
@@ -298,8 +340,8 @@ class Detector:
 
     @property
     def sigma(self) -> float:
-        """Smoothing in pixels of this model: σ is stated for 256 x 256."""
-        return self.settings.scoring.smoothing * (self.shape[0] * self.shape[1]) ** 0.5 / 256
+        """Smoothing in pixels of this model: σ is stated for a tile of 256 x 256."""
+        return self.settings.scoring.smoothing * math.prod(self.tiling.tile) ** 0.5 / 256
 
     # -- calibration ------------------------------------------------------------------------------------------------
 
@@ -419,7 +461,7 @@ class Detector:
                 yield source, item if isinstance(item, DataError) else next(predictions)
             pending.clear()
 
-        for source, item in read_ahead(self._read, images, workers, ahead=2 * batch_size):
+        for source, item in in_threads(self._read, images, workers, ahead=2 * batch_size):
             pending.append((source, item))
             if len(pending) >= batch_size:
                 yield from flush()
@@ -566,10 +608,11 @@ class Detector:
                 f"({str(error).splitlines()[0]}); train the model again."
             ) from None
         if backend in WITH_GRAPHS:
-            graphs = find_graphs(folder, shape)
+            tile = Tiling.of(shape, settings.tiles).tile
+            graphs = find_graphs(folder, tile)
             if graphs is None:
                 detector = cls(*_load_parts(folder, settings), settings, shape, **known, device="cpu")
-                graphs = make_graphs(folder, shape, detector.unet, detector.features, *detector._networks[2:])
+                graphs = make_graphs(folder, tile, detector.unet, detector.features, *detector._networks[2:])
             detector = cls.__new__(cls)
             detector._know(settings, shape, **known)
             detector._networks = graphs.load(backend, precision)
@@ -653,14 +696,14 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def read_ahead(
-    read: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+def in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Items and what was read of them in threads, in order, never more than `ahead` before they are used."""
+    """Items and what threads made of them, in order, never more than `ahead` before they are used."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         queue: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
-            queue.append((item, pool.submit(read, item)))
+            queue.append((item, pool.submit(work, item)))
             if len(queue) > ahead:
                 first, future = queue.popleft()
                 yield first, future.result()

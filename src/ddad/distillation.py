@@ -25,6 +25,7 @@ from ddad.data.synthetic import defect_set
 from ddad.detector import Detector
 from ddad.errors import ConfigError
 from ddad.sampling import to_unit
+from ddad.tiling import Tiles
 from ddad.training import Images, Progress, Trainer, batch_indices
 from ddad.tuning import DEFECTS, MOST_JUDGED, SyntheticTest, paint_halves
 from ddad.unet import clean_from, predict
@@ -112,14 +113,15 @@ def distil(
             f"Expected a model that scores each image by itself, found batch-max fusion (preset {settings.preset}); "
             "distil a model of preset xs, s or base."
         )
-    good = spread(train, MOST_REBUILT)
+    tiling = detector.tiling
+    good = spread(train, max(1, MOST_REBUILT // tiling.number))
     images = [*good, *(defect.image for defect in defect_set(good, len(good), settings.seed))]
     on_stage(f"Rebuilding {len(good)} good images and {len(images) - len(good)} synthetic defects for the student.")
-    rebuilt = list(reconstruct_all(detector, images))
+    rebuilt = [tile for canvas in reconstruct_all(detector, images) for tile in tiling.cut(canvas[None])]
 
     trainer = StudentTrainer(copy.deepcopy(detector.unet), settings, rebuilt, detector.device)
     identity = _identity(detector, images, steps)
-    trainer.run(images, steps, store=store(identity) if store else None, on_progress=on_progress)
+    trainer.run(Tiles(images, tiling), steps, store=store(identity) if store else None, on_progress=on_progress)
     record = {key: value for key, value in detector.record.items() if key in ("category", "data", "trained")}
     with trainer.averaged() as unet:
         student = Detector(

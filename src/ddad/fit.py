@@ -32,6 +32,7 @@ from ddad.features import create_features
 from ddad.files import remove_leftovers, write_json
 from ddad.images import ImageRule, fit_image_rule, probe, read_image
 from ddad.sampling import to_unit
+from ddad.tiling import Tiles, Tiling, spans
 from ddad.training import Progress, Trainer
 from ddad.tuning import DEFECTS, MOST_ADAPTED, MOST_JUDGED, adapt_features, can_adapt
 from ddad.unet import choose_device, create_scheduler, create_unet, parameter_count
@@ -160,9 +161,12 @@ def fit(
         shutil.rmtree(run, ignore_errors=True)
         on_stage(f"{out} is already trained with these settings on these images; nothing to do.")
         return out
-    sizes = [(info.height, info.width) for info in map(probe, paths)]
-    shape = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
-    features = create_features(settings.scoring.features, settings.scoring.feature_layers, shape)
+    rows, columns = settings.tiles
+    sizes = [(info.height / spans(rows), info.width / spans(columns)) for info in map(probe, paths)]
+    tile = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
+    tiling = Tiling(rows, columns, tile)
+    shape = tiling.canvas
+    features = create_features(settings.scoring.features, settings.scoring.feature_layers, tile)
     with locked(run):
         remove_leftovers(out.parent, out.name)
         store = CheckpointStore(run)
@@ -173,7 +177,9 @@ def fit(
         else:
             rule = fit_image_rule(paths)
         on_stage(
-            f"{len(paths)} good images at {shape[0]} x {shape[1]} pixels: {len(split.train)} to train, "
+            f"{len(paths)} good images at {shape[0]} x {shape[1]} pixels"
+            f"{f', in {tiling.number} tiles of {tile[0]} x {tile[1]}' if tiling.number > 1 else ''}: "
+            f"{len(split.train)} to train, "
             f"{len(split.select)} to select, {len(split.calibration)} to calibrate."
         )
         memory = psutil.virtual_memory().available * CACHE_SHARE
@@ -217,9 +223,9 @@ def fit(
             on_progress(event)
 
         trainer.run(
-            images,
+            Tiles(images, tiling),
             plan.steps,
-            held_out=spread(select, HELD_OUT),
+            held_out=spread(Tiles(select, tiling), HELD_OUT),
             store=store,
             on_progress=progress,
             on_resume=log.resume,
@@ -290,14 +296,15 @@ def _measure(
     settings = detector.settings
     scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
     patience = 2.0 if time_budget is None else min(10.0, time_budget / 20)
-    step_seconds = _median_seconds(lambda index: scratch.step(images, index, 1000), patience)
+    tiles = Tiles(images, detector.tiling)
+    step_seconds = _median_seconds(lambda index: scratch.step(tiles, index, 1000), patience)
     trainer.plain_unet.eval()
     chunk = [images[i] for i in range(min(4, len(images)))]
     inspect_seconds = _median_seconds(lambda index: detector.compare(chunk), patience / 2) / len(chunk)
 
     # The held-out loss is measured ten times, at five timesteps an image.
-    call_seconds = inspect_seconds / len(settings.sampling.timesteps)
-    held_out = 10 * 5 * min(HELD_OUT, len(split.select)) * call_seconds
+    call_seconds = inspect_seconds / len(settings.sampling.timesteps) / detector.tiling.number
+    held_out = 10 * 5 * min(HELD_OUT, len(split.select) * detector.tiling.number) * call_seconds
     calibrate_seconds = inspect_seconds * (min(MOST_SELECT, len(split.select)) + len(split.calibration))
 
     rebuilt_seconds = epoch_seconds = 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddad.detector import Detector, Prediction
+from ddad.detector import Detector, Prediction, in_threads
 from ddad.drift import photo_statistics
 from ddad.errors import DataError
 from ddad.images import heatmap, overlay, read_image, write_png
@@ -41,15 +41,25 @@ def write_results(
         raise DataError(
             f"Expected a folder to write to, found {out} ({error.strerror}); choose another --out."
         ) from None
-    with results:
+
+    def inspected() -> Iterator[tuple[Path, Prediction | DataError, str]]:
         for path, result in detector.stream(images, batch_size, workers):
             assert isinstance(path, Path)
-            row = to_row(path, result)
-            if isinstance(result, Prediction):
-                try:
-                    row["files"] = _write_pictures(detector, path, result, out, names.unique(path))
-                except DataError as error:  # gone, or replaced, since it was inspected
-                    row = to_row(path, error)
+            yield path, result, names.unique(path) if isinstance(result, Prediction) else ""
+
+    def written(item: tuple[Path, Prediction | DataError, str]) -> dict[str, Any]:
+        path, result, name = item
+        row = to_row(path, result)
+        if isinstance(result, Prediction):
+            try:
+                row["files"] = _write_pictures(detector, path, result, out, name)
+            except DataError as error:  # gone, or replaced, since it was inspected
+                row = to_row(path, error)
+        return row
+
+    with results:
+        # Threads draw and encode while the network works on the next batch.
+        for _, row in in_threads(written, inspected(), workers, ahead=2 * batch_size):
             results.write(json.dumps(row, ensure_ascii=False) + "\n")
             results.flush()
             yield row

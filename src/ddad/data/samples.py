@@ -139,7 +139,7 @@ def too_few_to_split(good: int, select: int, calibration: int, false_alarms: flo
     return good < SPLIT_FROM and select + calibration >= FOLDED_FROM and calibration < images_needed(false_alarms)
 
 
-def model_shape(sizes: Iterable[tuple[int, int]], image_size: int) -> tuple[int, int]:
+def model_shape(sizes: Iterable[tuple[float, float]], image_size: int) -> tuple[int, int]:
     """One (height, width) for all images: median aspect ratio of `sizes`, area about image_size^2, multiples of 32.
 
     sizes: (height, width) of the good images, in pixels. Raises ConfigError unless image_size is a positive multiple
