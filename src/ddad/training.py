@@ -65,12 +65,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Images of a step: passes over all images, each in an order of its own."""
-    indices = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, count)
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        indices.append(int(order[place]))
-    return indices
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in np.unique(epochs).tolist()}
+    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
 
 
 def draw_timesteps(batch_size: int, max_timestep: int, generator: torch.Generator) -> Tensor:
