@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddad.errors import ConfigError
+from ddad.errors import ConfigError, ModelError
 from ddad.files import atomic_folder
 from ddad.unet import predict
 
@@ -56,7 +57,11 @@ def check_backend(backend: str, precision: str, device: str | torch.device | Non
         raise ConfigError(f"Expected a precision of fp32 or bf16, found {precision!r}.")
     if backend not in WITH_GRAPHS:
         return
-    if device is not None and torch.device(device).type != "cpu":
+    try:
+        on_cpu = device is None or torch.device(device).type == "cpu"
+    except RuntimeError:
+        raise ConfigError(f"Expected a device such as cpu, cuda or cuda:1, found {device!r}.") from None
+    if not on_cpu:
         raise ConfigError(f"Expected device cpu for backend {backend}, found {device}; use backend compile on a GPU.")
     if backend == "onnxruntime" and precision != "fp32":
         raise ConfigError(f"Expected precision fp32 for backend onnxruntime, found {precision}; use openvino for bf16.")
@@ -93,7 +98,7 @@ def _one_size(network: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal largest
         size = len(batch[0])
         largest = max(largest, size)
-        filled = [torch.cat([one, one[-1:].expand(largest - size, *one.shape[1:])]) for one in batch]
+        filled = [torch.cat([one, one[-1:].expand(largest - size, *one.shape[1:])]).contiguous() for one in batch]
         output = network(*filled)
         # CUDA graphs write every answer to the same place.
         return output[:size].clone() if isinstance(output, Tensor) else [one[:size].clone() for one in output]
@@ -160,11 +165,17 @@ def _place(model: Path, shape: Sequence[int]) -> Graphs:
     record = json.loads((model / "detector.json").read_text(encoding="utf-8"))
     what = [GRAPH_VERSION, _OPSET, torch.__version__, list(shape), record["settings"]["network"]]
     digest = hashlib.sha256(json.dumps(what).encode())
-    for part in ("unet", "scheduler", "features"):
-        for file in sorted((model / part).iterdir()):
-            digest.update(file.name.encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    try:
+        for part in ("unet", "scheduler", "features"):
+            for file in sorted((model / part).iterdir()):
+                digest.update(file.name.encode())
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    except OSError as error:
+        raise ModelError(
+            f"Expected the network, its scheduler and statistics in {model}, found something else ({error}); copy or "
+            "train the model again."
+        ) from None
     return Graphs(cache_folder() / digest.hexdigest()[:32])
 
 
@@ -218,14 +229,20 @@ def _onnxruntime(path: Path, precision: Precision) -> Callable[..., Sequence[np.
     return lambda *batch: session.run(None, dict(zip(names, batch, strict=True)))
 
 
-def _openvino(path: Path, precision: Precision) -> Callable[..., Sequence[np.ndarray]]:
+@cache
+def _openvino_core() -> Any:
+    """One a process, kept: each sets a stack for signals and frees it with itself, and the next signal then crashes."""
     import openvino
 
+    return openvino.Core()
+
+
+def _openvino(path: Path, precision: Precision) -> Callable[..., Sequence[np.ndarray]]:
     hints = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16",
     }
-    model = openvino.Core().compile_model(path, "CPU", hints)
+    model = _openvino_core().compile_model(path, "CPU", hints)
     # The answer's memory is used again by the next call.
     return lambda *batch: [np.array(output) for output in model(list(batch)).values()]

@@ -32,7 +32,7 @@ result = Detector.from_pretrained("this folder").predict("part.png")
 """
 
 
-def model_card(detector: Detector) -> str:
+def model_card(detector: Detector, student: Detector | None = None) -> str:
     """Markdown with front matter, as the Hugging Face hub reads it."""
     settings, record = detector.settings, detector.record
     rows = {"preset": f"`{settings.preset}`", "size": "{} x {} pixels".format(*detector.shape)}
@@ -51,8 +51,8 @@ def model_card(detector: Detector) -> str:
         rows["adaptation"] = adaptation["said"]
     if tuning := record.get("tuning"):
         rows["tuning"] = tuning["said"]
-    if distillation := record.get("distillation"):
-        rows["student"] = distillation["said"]
+    if student:
+        rows["student"] = student.record["distillation"]["said"]
     if converted := record.get("converted"):
         rows["converted from"] = f"{converted['from']}, `{_file(converted['checkpoint'])}`"
         weights = converted["features"]["weights"]

@@ -615,7 +615,7 @@ class Detector:
                 graphs = make_graphs(folder, tile, detector.unet, detector.features, *detector._networks[2:])
             detector = cls.__new__(cls)
             detector._know(settings, shape, **known)
-            detector._networks = graphs.load(backend, precision)
+            detector._networks, detector.precision = graphs.load(backend, precision), precision
             detector._graphs_of, detector.device = folder, torch.device("cpu")
             return detector
         detector = cls(*_load_parts(folder, settings), settings, shape, **known, device=device)

@@ -26,7 +26,7 @@ from ddad.detector import Detector
 from ddad.errors import ConfigError
 from ddad.sampling import to_unit
 from ddad.tiling import Tiles
-from ddad.training import Images, Progress, Trainer, batch_indices
+from ddad.training import Images, Progress, Trainer, batch_indices, step_generator
 from ddad.tuning import DEFECTS, MOST_JUDGED, SyntheticTest, paint_halves
 from ddad.unet import clean_from, predict
 
@@ -77,6 +77,8 @@ class StudentTrainer(Trainer):
     def _loss(self, images: Images, step: int) -> Tensor:
         chosen = batch_indices(len(images), self.settings.batch_size, step, self.seed)
         target = torch.stack([self.rebuilt[i] for i in chosen]).to(self.device).float()
+        # Dropout, where a preset has it, draws from the global generator.
+        torch.manual_seed(step_generator(self.seed, step).initial_seed())
         alpha = self.alphas_cumprod[self.timestep]
         sample = alpha.sqrt() * to_unit([images[i] for i in chosen], self.device)
         with self._autocast():

@@ -186,11 +186,7 @@ def adapt(
         detector.record["adaptation"] = adapt_features(detector, images, others, settings.epochs, store, on_stage)
         on_stage("Calibrating on good images that were not trained on.")
         _calibrate(detector, parts, workers)
-        if _has_student(model):
-            on_stage(
-                "The one-call student is that of the model as it was, and is left out; make it again: ddad distill."
-            )
-        _save(detector, out, model)
+        _save(detector, out, model, on_stage=on_stage)
         shutil.rmtree(store.folder, ignore_errors=True)
     return detector
 
@@ -223,11 +219,7 @@ def tune(
         parts = _judging_parts(detector, data)
         detector.record["tuning"] = choose(detector, parts.cache(parts.select, detector, workers), seconds, on_stage)
         _calibrate(detector, parts, workers)
-        if _has_student(model):
-            on_stage(
-                "The one-call student is that of the model as it was, and is left out; make it again: ddad distill."
-            )
-        _save(detector, out, model)
+        _save(detector, out, model, on_stage=on_stage)
     return detector
 
 
@@ -271,21 +263,29 @@ def distill(
                 "trained on."
             )
         images, others = parts.cache(train, detector, workers), parts.cache(parts.select, detector, workers)
-        student = distil(
-            detector,
-            images,
-            others,
-            steps=steps,
-            store=lambda identity: CheckpointStore(run / f"student-{identity}"),
-            on_stage=on_stage,
-            on_progress=on_progress,
-        )
+        try:
+            student = distil(
+                detector,
+                images,
+                others,
+                steps=steps,
+                store=lambda identity: CheckpointStore(run / f"student-{identity}"),
+                on_stage=on_stage,
+                on_progress=on_progress,
+            )
+        except ConfigError:  # refused: there is nothing to go on with
+            _forget_students(run)
+            raise
         on_stage("Calibrating the student on good images that were not trained on.")
         _calibrate(student, parts, workers)
         _save(detector, out, model, student)
-        for folder in run.glob("student-*"):
-            shutil.rmtree(folder)
+        _forget_students(run)
     return student
+
+
+def _forget_students(run: Path) -> None:
+    for folder in run.glob("student-*"):
+        shutil.rmtree(folder)
 
 
 def _judging_parts(detector: Detector, data: str | Path) -> _Parts:
@@ -305,8 +305,16 @@ def _judging_parts(detector: Detector, data: str | Path) -> _Parts:
     return parts
 
 
-def _save(detector: Detector, out: Path, model: str | Path, student: Detector | None = None) -> None:
-    detector.save_pretrained(out, card=model_card(detector), extra=_log(Path(model)), student=student)
+def _save(
+    detector: Detector,
+    out: Path,
+    model: str | Path,
+    student: Detector | None = None,
+    on_stage: Callable[[str], None] = lambda sentence: None,
+) -> None:
+    if student is None and _has_student(model):
+        on_stage("The one-call student is that of the model as it was, and is left out; make it again: ddad distill.")
+    detector.save_pretrained(out, card=model_card(detector, student), extra=_log(Path(model)), student=student)
 
 
 def _has_student(model: str | Path) -> bool:

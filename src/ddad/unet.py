@@ -68,7 +68,10 @@ def load_unet(folder: Path) -> "UNet2DModel":
     """What `UNet2DModel.save_pretrained` wrote; raises OSError, ValueError, RuntimeError or SafetensorError."""
     from diffusers import UNet2DModel
 
-    return UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    # Where it was loaded from is nobody's business, and would make a copy look like another network.
+    unet._internal_dict = type(unet.config)({k: v for k, v in unet.config.items() if k != "_name_or_path"})
+    return unet
 
 
 def load_scheduler(folder: Path) -> "DDIMScheduler":
