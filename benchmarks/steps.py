@@ -6,7 +6,7 @@ Good images are those of the model's *select* split, with synthetic defects pain
 these images and judge the other half. Grids: uniform in t (the default), quadratic (dense near the end), Karras (ρ = 7
 in the noise level). Second order: DPM-Solver++(2M) (Lu et al. 2022), which extrapolates from the clean estimate of the
 call before and needs no further call. ± is the standard error of the difference to the model's own setting, over groups
-of images. With --test the uniform grids are also measured on test images: to report, after the choice.
+of images. With --test the uniform grids are measured on test images instead: to report, after the choice.
 """
 
 import argparse
@@ -129,31 +129,36 @@ def main() -> None:
         auroc = image_metrics(image_score(test.maps(distances)).numpy(), test.labels)["image_auroc"]
         return test.quality(distances), auroc, 1000 * min(times)
 
+    def on_synthetic() -> None:
+        print(
+            "| calls | grid | order | timesteps | image AUROC | mean of AUROC and AUPRO | difference | ms to rebuild |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        reference, _, _ = measure(own.sampling.timesteps, 1)
+        for count in COUNTS:
+            for name, grid in grids(own.sampling.start_timestep, count, alphas).items():
+                for order in (1, 2) if count > 2 and name == "uniform" else (1,):
+                    quality, auroc, milliseconds = measure(grid, order)
+                    gain = quality - reference
+                    steps = ", ".join(map(str, grid))
+                    print(
+                        f"| {count} | {name} | {order} | {steps} | {auroc:.3f} | {quality.mean():.3f} | "
+                        f"{gain.mean():+.3f} ± {gain.std(ddof=1) / GROUPS**0.5:.3f} | {milliseconds:.0f} |",
+                        flush=True,
+                    )
+
+    def on_test() -> None:
+        print("| calls | image AUROC | pixel AUROC | AUPRO | ms an image |\n|---|---|---|---|---|")
+        samples = scan(options.data).test
+        for count in COUNTS:
+            use(grids(own.sampling.start_timestep, count, alphas)["uniform"], 1)
+            detector.calibrate(good, ranking)
+            found = evaluate(inspect(detector, samples, 4, 2, [])).metrics
+            columns = " | ".join(f"{found[name]:.3f}" for name in ("image_auroc", "pixel_auroc", "aupro"))
+            print(f"| {count} | {columns} | {1000 * (found['seconds_per_image'] or 0):.0f} |", flush=True)
+
     print(f"{len(good)} good images, {len(painted)} defects, {torch.get_num_threads()} threads, {datetime.now(UTC):%F}")
-    print("| calls | grid | order | timesteps | image AUROC | mean of AUROC and AUPRO | difference | ms to rebuild |")
-    print("|---|---|---|---|---|---|---|---|")
-    reference, _, _ = measure(own.sampling.timesteps, 1)
-    for count in COUNTS:
-        for name, grid in grids(own.sampling.start_timestep, count, alphas).items():
-            for order in (1, 2) if count > 2 and name == "uniform" else (1,):
-                quality, auroc, milliseconds = measure(grid, order)
-                gain = quality - reference
-                steps = ", ".join(map(str, grid))
-                print(
-                    f"| {count} | {name} | {order} | {steps} | {auroc:.3f} | {quality.mean():.3f} | "
-                    f"{gain.mean():+.3f} ± {gain.std(ddof=1) / GROUPS**0.5:.3f} | {milliseconds:.0f} |",
-                    flush=True,
-                )
-    if not options.test:
-        return
-    print("\n| calls | image AUROC | pixel AUROC | AUPRO | ms an image |\n|---|---|---|---|---|")
-    samples = scan(options.data).test
-    for count in COUNTS:
-        use(grids(own.sampling.start_timestep, count, alphas)["uniform"], 1)
-        detector.calibrate(good, ranking)
-        found = evaluate(inspect(detector, samples, 4, 2, [])).metrics
-        columns = " | ".join(f"{found[name]:.3f}" for name in ("image_auroc", "pixel_auroc", "aupro"))
-        print(f"| {count} | {columns} | {1000 * (found['seconds_per_image'] or 0):.0f} |", flush=True)
+    (on_test if options.test else on_synthetic)()
 
 
 if __name__ == "__main__":
