@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -274,7 +275,8 @@ def test_a_model_gets_a_student_and_stays_as_it_is(model, taught, said, photos):
     distillation = read_record(taught / STUDENT)["distillation"]
     assert distillation["said"] in said
     assert distillation["said"].startswith(f"One network call instead of {len(before.settings.sampling.timesteps)}, ")
-    assert (distillation["steps"], distillation["images"]) == (STEPS, 12)
+    assert distillation["steps"] == STEPS
+    assert f"learned in {STEPS} steps from 12 reconstructions" in distillation["said"]
     assert 0 < distillation["synthetic_auroc"] <= 1
     assert "distillation" not in read_record(taught)
 
@@ -294,6 +296,31 @@ def test_the_student_is_calibrated_by_itself_on_the_same_images(taught, photos):
     ranked = of(photos, student.record["data"]["calibration"])
     np.testing.assert_allclose(sorted(scores(student, ranked)), student.calibration.scores, rtol=1e-5)
     assert not torch.equal(student.statistics.mean, detector.statistics.mean)
+
+
+def test_nothing_is_learned_where_the_first_call_does_as_well(model, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddad.distillation.MOST_LOST", 1.0)
+    steps, said = [], []
+    distill(model, photos, tmp_path / "model", device="cpu", on_stage=said.append, on_progress=steps.append)
+    assert steps == []
+    first, last = (
+        load_file(one / "unet" / "diffusion_pytorch_model.safetensors") for one in (model, tmp_path / "model" / STUDENT)
+    )
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    distillation = read_record(tmp_path / "model" / STUDENT)["distillation"]
+    assert distillation["steps"] == 0
+    assert distillation["synthetic_auroc"] == distillation["first_call_synthetic_auroc"]
+    assert re.fullmatch(
+        r"One network call instead of 2, the model's own first call: image AUROC on synthetic defects [01]\.\d{3}, "
+        r"with all calls [01]\.\d{3}\.",
+        distillation["said"],
+    )
+    assert distillation["said"] in said
+    monkeypatch.setattr("ddad.distillation.MOST_LOST", -1.0)  # the first call cannot gain so much: it is taught
+    monkeypatch.setattr("ddad.distillation.STEPS", 1)
+    with pytest.raises(ConfigError, match=r"found [01]\.\d{3} after 1 steps; give more --steps\."):
+        distill(model, photos, tmp_path / "other", device="cpu", on_progress=steps.append)
+    assert len(steps) == 1
 
 
 def test_distilled_again_it_is_the_same_student(model, taught, photos, tmp_path):

@@ -338,12 +338,13 @@ def distill(
     model: Model,
     data: Data,
     out: OutModel = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default 600.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; by default none where the first call does, else 600.")
+    ] = None,
     device: Device = None,
     workers: Workers = 2,
 ) -> None:
     """Give a model a one-call student for --fast, where it finds synthetic defects as well."""
-    from ddad.distillation import STEPS
     from ddad.refit import distill as distill_model
 
     with _Interruptible(), _ProgressPrinter(quiet=False) as printer:
@@ -351,7 +352,7 @@ def distill(
             model,
             data,
             out,
-            steps=steps or STEPS,
+            steps=steps,
             device=device,
             workers=workers,
             on_stage=printer.say,

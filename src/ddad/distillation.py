@@ -5,7 +5,8 @@ its clean estimate x̂₀ there learns the model's finished reconstruction x₀,
 
     L = | x̂₀(√ā_T' y, T') - x₀(y) |²,   averaged over pixels.
 
-To use it is the same method with one step (stride = T'), so nothing else in the package knows of it.
+To use it is the same method with one step (stride = T'), so nothing else in the package knows of it. Where the model's
+own first call finds synthetic defects as well, that serves, and nothing has to be learned (docs/log.md).
 """
 
 import copy
@@ -92,7 +93,7 @@ def distil(
     train: Images,
     select: Images,
     *,
-    steps: int = STEPS,
+    steps: int | None = None,
     store: Callable[[str], CheckpointStore] | None = None,
     on_stage: Callable[[str], None] = lambda sentence: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -102,6 +103,8 @@ def distil(
     Args:
         train: good images to learn from, uint8, model shape.
         select: good images neither was trained on, to judge by with synthetic defects; at least two.
+        steps: of training. None: the model's own first call serves where it finds synthetic defects as well; where it
+            does not, `STEPS`.
         store: a checkpoint store for this distillation's identity; without it a stopped one begins again.
 
     Raises:
@@ -115,15 +118,6 @@ def distil(
             f"Expected a model that scores each image by itself, found batch-max fusion (preset {settings.preset}); "
             "distil a model of preset xs, s or base."
         )
-    tiling = detector.tiling
-    good = spread(train, max(1, MOST_REBUILT // tiling.number))
-    images = [*good, *(defect.image for defect in defect_set(good, len(good), settings.seed))]
-    on_stage(f"Rebuilding {len(good)} good images and {len(images) - len(good)} synthetic defects for the student.")
-    rebuilt = [tile for canvas in reconstruct_all(detector, images) for tile in tiling.cut(canvas[None])]
-
-    trainer = StudentTrainer(copy.deepcopy(detector.unet), settings, rebuilt, detector.device)
-    identity = _identity(detector, images, steps)
-    trainer.run(Tiles(images, tiling), steps, store=store(identity) if store else None, on_progress=on_progress)
     record = {key: value for key, value in detector.record.items() if key in ("category", "data", "trained")}
 
     def in_one_call(unet: Any) -> Detector:
@@ -134,39 +128,64 @@ def distil(
             student_settings(settings),
             detector.shape,
             image_rule=detector.image_rule,
-            record=record,
+            record=dict(record),
             device=detector.device,
         )
 
-    with trainer.averaged() as unet:
-        student = in_one_call(copy.deepcopy(unet))
-    on_stage("Judging the student on synthetic defects.")
+    on_stage("Judging the model, and its first call alone, on synthetic defects.")
     judged = spread(select, MOST_JUDGED)
     painted = paint_halves(judged, DEFECTS, settings.seed)
-    before, untaught, after = (
-        SyntheticTest(one, judged, painted).image_auroc() for one in (detector, in_one_call(detector.unet), student)
-    )
-    if after < before - MOST_LOST:
-        raise ConfigError(
-            f"Expected a student that finds synthetic defects as well as the model (image AUROC {before:.3f}, within "
-            f"{100 * MOST_LOST:.1f} points), found {after:.3f} after {steps} steps; give more --steps. Nothing was "
-            "written."
+    student = in_one_call(copy.deepcopy(detector.unet))
+    before, untaught = (SyntheticTest(one, judged, painted).image_auroc() for one in (detector, student))
+    found, taught = untaught, 0
+    how = f"the model's own first call: image AUROC on synthetic defects {untaught:.3f}, with all calls {before:.3f}."
+    if steps is not None or untaught < before - MOST_LOST:
+        taught = steps or STEPS
+        unet, images = _teach(detector, train, taught, store, on_stage, on_progress)
+        student = in_one_call(unet)
+        on_stage("Judging the student on synthetic defects.")
+        found = SyntheticTest(student, judged, painted).image_auroc()
+        if found < before - MOST_LOST:
+            raise ConfigError(
+                f"Expected a student that finds synthetic defects as well as the model (image AUROC {before:.3f}, "
+                f"within {100 * MOST_LOST:.1f} points), found {found:.3f} after {taught} steps; give more --steps. "
+                "Nothing was written."
+            )
+        how = (
+            f"learned in {taught} steps from {images} reconstructions: image AUROC on synthetic defects {found:.3f}, "
+            f"the model itself {before:.3f}, its own first call {untaught:.3f}."
         )
-    calls = len(settings.sampling.timesteps)
-    said = (
-        f"One network call instead of {calls}, learned in {steps} steps from {len(images)} reconstructions: image "
-        f"AUROC on synthetic defects {after:.3f}, the model itself {before:.3f}, its own first call {untaught:.3f}."
-    )
+    said = f"One network call instead of {len(settings.sampling.timesteps)}, {how}"
     on_stage(said)
     student.record["distillation"] = {
         "said": said,
-        "steps": steps,
-        "images": len(images),
-        "synthetic_auroc": after,
+        "steps": taught,
+        "synthetic_auroc": found,
         "model_synthetic_auroc": before,
         "first_call_synthetic_auroc": untaught,
     }
     return student
+
+
+def _teach(
+    detector: Detector,
+    train: Images,
+    steps: int,
+    store: Callable[[str], CheckpointStore] | None,
+    on_stage: Callable[[str], None],
+    on_progress: Callable[[Progress], None],
+) -> tuple[Any, int]:
+    """A copy of the U-Net that learned the detector's reconstructions, and from how many."""
+    settings, tiling = detector.settings, detector.tiling
+    good = spread(train, max(1, MOST_REBUILT // tiling.number))
+    images = [*good, *(defect.image for defect in defect_set(good, len(good), settings.seed))]
+    on_stage(f"Rebuilding {len(good)} good images and {len(images) - len(good)} synthetic defects for the student.")
+    rebuilt = [tile for canvas in reconstruct_all(detector, images) for tile in tiling.cut(canvas[None])]
+    trainer = StudentTrainer(copy.deepcopy(detector.unet), settings, rebuilt, detector.device)
+    identity = _identity(detector, images, steps)
+    trainer.run(Tiles(images, tiling), steps, store=store(identity) if store else None, on_progress=on_progress)
+    with trainer.averaged() as unet:
+        return copy.deepcopy(unet), len(images)
 
 
 def _identity(detector: Detector, images: Images, steps: int) -> str:

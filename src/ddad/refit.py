@@ -15,7 +15,7 @@ from ddad.conformal import images_needed
 from ddad.data.folder import scan
 from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, spread, too_few_to_split
 from ddad.detector import RECORD, STUDENT, Detector, check_place, read_record
-from ddad.distillation import STEPS, distil
+from ddad.distillation import distil
 from ddad.errors import ConfigError, DataError
 from ddad.files import remove_leftovers
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
@@ -228,7 +228,7 @@ def distill(
     data: str | Path,
     out: str | Path | None = None,
     *,
-    steps: int = STEPS,
+    steps: int | None = None,
     device: str | None = None,
     workers: int = 2,
     on_stage: Callable[[str], None] = lambda sentence: None,
@@ -242,7 +242,7 @@ def distill(
         model: a model folder.
         data: its good images: a folder in MVTec layout, or a folder of good images.
         out: where to write the model with its student; by default the model gets it.
-        steps: training steps of the student.
+        steps: training steps of the student; by default none where the model's own first call does as well, else 600.
 
     Returns:
         The student.
