@@ -5,8 +5,9 @@
 
 inference  `published` is the published configuration: base, n = 10, eager fp32, Wide-ResNet-101, random weights. The
            other rows are our presets in each backend, whole pipeline: read a PNG, denoise, features, map, verdict.
-           Every row is a process of its own; they are measured in turn, again and again. With a trained MODEL (and the
-           good images DATA it was calibrated on) there are rows of it and of its student, and verdicts are compared.
+           Every row is a process of its own; those of a preset, and `published` with each, are measured in turn, again
+           and again. With a trained MODEL (and the good images DATA it was calibrated on) there are rows of it and of
+           its student, and verdicts are compared.
 training   one optimisation step, against the machine's largest measured convolution rate.
 growth     cost against resolution, network calls, calibration images and images scored.
 metrics    pixel AUROC, AP and AUPRO of 582 maps of 256 x 256 on one thread.
@@ -212,48 +213,63 @@ def inference(options: argparse.Namespace, peak: dict[str, float]) -> Iterator[d
             paths.append(folder / f"{index}.png")
             Image.fromarray(photo(100 + index, options.size)).save(paths[-1])
         judged = good_images(options)
-        context = multiprocessing.get_context("spawn")
-        workers: dict[Row, Any] = {}
-        facts: dict[Row, dict[str, float]] = {}
-        for row in rows:
-            here, there = context.Pipe()
-            process = context.Process(target=child, args=(there, row, options.size, folder, paths), daemon=True)
-            process.start()
-            there.close()
-            try:
-                facts[row] = here.recv()
-            except EOFError:
-                print(f"{row.name}: not measured, its process ended.", file=sys.stderr)
-                continue
-            workers[row] = here
-            print(f"{row.name} is ready.", file=sys.stderr)
+        # Processes keep what memory they once had, so that those of all presets together would not fit.
+        for preset in dict.fromkeys(row.preset for row in rows if row.preset != "published"):
+            group = [row for row in rows if row.preset in ("published", preset)]
+            yield from in_turn(group, options, peak, folder, paths, judged)
 
-        def ask(row: Row, what: str, argument: Any) -> Any:
-            workers[row].send((what, argument))
-            return workers[row].recv()
 
-        seconds: dict[tuple[Row, int], list[float]] = {}
-        first = {row: ask(row, "run", 1) and ask(row, "run", 1) for row in workers}  # the first one warms up
-        cases = [
-            (row, batch)
-            for batch in options.batches
-            for row in workers
-            # Every batch size is compiled anew, which takes minutes on a CPU.
-            if batch == 1 or (batch * first[row] < LONGEST and (row.backend != "compile" or cuda))
-        ]
-        for _ in range(options.repeats):
-            for row, batch in cases:
-                seconds.setdefault((row, batch), []).append(ask(row, "run", batch) / batch)
-        stages = {row: [ask(row, "stages", 1) for _ in range(options.repeats)] for row in workers}
-        scores: dict[Row, tuple[list[float], float | None]] = {}
-        for row in workers:
-            wanted = judged if row.model else paths[: 4 if row.preset in ("base", "s") else 32]
-            if row.preset != "published":
-                scores[row] = ask(row, "scores", wanted)
-        memory = {}
-        for row, pipe in workers.items():
-            pipe.send(None)
-            memory[row] = pipe.recv()
+def in_turn(
+    rows: list[Row],
+    options: argparse.Namespace,
+    peak: dict[str, float],
+    folder: Path,
+    paths: list[Path],
+    judged: list[Path],
+) -> Iterator[dict[str, Any]]:
+    """Measure rows in turn, again and again, each in a process that stays."""
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Row, Any] = {}
+    facts: dict[Row, dict[str, float]] = {}
+    for row in rows:
+        here, there = context.Pipe()
+        process = context.Process(target=child, args=(there, row, options.size, folder, paths), daemon=True)
+        process.start()
+        there.close()
+        try:
+            facts[row] = here.recv()
+        except EOFError:
+            print(f"{row.name}: not measured, its process ended.", file=sys.stderr)
+            continue
+        workers[row] = here
+        print(f"{row.name} is ready.", file=sys.stderr)
+
+    def ask(row: Row, what: str, argument: Any) -> Any:
+        workers[row].send((what, argument))
+        return workers[row].recv()
+
+    seconds: dict[tuple[Row, int], list[float]] = {}
+    first = {row: ask(row, "run", 1) and ask(row, "run", 1) for row in workers}  # the first one warms up
+    cases = [
+        (row, batch)
+        for batch in options.batches
+        for row in workers
+        # Every batch size is compiled anew, which takes minutes on a CPU.
+        if batch == 1 or (batch * first[row] < LONGEST and (row.backend != "compile" or row.device != "cpu"))
+    ]
+    for _ in range(options.repeats):
+        for row, batch in cases:
+            seconds.setdefault((row, batch), []).append(ask(row, "run", batch) / batch)
+    stages = {row: [ask(row, "stages", 1) for _ in range(options.repeats)] for row in workers}
+    scores: dict[Row, tuple[list[float], float | None]] = {}
+    for row in workers:
+        wanted = judged if row.model else paths[: 2 if row.preset == "base" else 8]
+        if row.preset != "published":
+            scores[row] = ask(row, "scores", wanted)
+    memory = {}
+    for row, pipe in workers.items():
+        pipe.send(None)
+        memory[row] = pipe.recv()
 
     for (row, batch), found in seconds.items():
         reference = next((one for one in scores if (one.preset, one.fast) == (row.preset, row.fast)), None)
