@@ -21,21 +21,13 @@ from ddad.config import make_settings
 from ddad.detector import Detector
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import create_features
-from ddad.fit import fit
 from ddad.sampling import to_unit
 from ddad.unet import create_scheduler
+from tiny import SHAPE, photo, train_model, write_photos
 
-SHAPE = (32, 32)
-
-
-def photo(seed, defect=False):
-    pixels = np.clip(120 + 15 * np.random.default_rng(seed).standard_normal((*SHAPE, 3)), 0, 255).astype(np.uint8)
-    if defect:
-        pixels[16:] = 10
-    return pixels
-
-
-PHOTOS = [photo(1000 + i, defect=i % 2 == 1) for i in range(5)]
+PHOTOS = [photo(1000 + i) for i in range(5)]
+for defective in PHOTOS[1::2]:
+    defective[16:] = 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,17 +41,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    data = tmp_path_factory.mktemp("data")
-    for i in range(40):
-        Image.fromarray(photo(i)).save(data / f"{i:03d}.png")
-    settings = make_settings(
-        "xs",
-        image_size=32,
-        false_alarms=0.2,
-        training={"batch_size": 2, "precision": "fp32"},
-        adaptation={"epochs": 0},
-    )
-    return fit(data, tmp_path_factory.mktemp("models") / "model", settings, steps=2)
+    photos = write_photos(tmp_path_factory.mktemp("data") / "good", range(40))
+    return train_model(photos, tmp_path_factory.mktemp("models") / "model", false_alarms=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
@@ -24,26 +23,13 @@ from ddad.detector import STUDENT, Detector, read_record
 from ddad.distillation import StudentTrainer, distil, student_settings
 from ddad.errors import ConfigError, DataError, Interrupted, ModelError
 from ddad.features import create_features
-from ddad.fit import fit
 from ddad.refit import adapt, distill, recalibrate, tune
 from ddad.sampling import to_unit
 from ddad.unet import create_scheduler
+from tiny import SHAPE, photo, train_model, write_photos
 
-SHAPE = (32, 32)
 STEPS = 3
 CPU = torch.device("cpu")
-
-
-def photo(seed, level=120):
-    pixels = np.clip(level + 15 * np.random.default_rng(seed).standard_normal((*SHAPE, 3)), 0, 255)
-    return pixels.astype(np.uint8)
-
-
-def write_photos(folder, seeds, level=120):
-    folder.mkdir(exist_ok=True)
-    for i in seeds:
-        Image.fromarray(photo(i, level)).save(folder / f"{i:03d}.png")
-    return folder
 
 
 IMAGES = [photo(i) for i in range(7)]
@@ -68,15 +54,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(photos, tmp_path_factory):
-    settings = make_settings(
-        "xs",
-        image_size=32,
-        false_alarms=0.1,
-        sampling={"stride": 100},
-        training={"batch_size": 2, "precision": "fp32"},
-        adaptation={"epochs": 0},
-    )
-    return fit(photos, tmp_path_factory.mktemp("models") / "model", settings, steps=2)
+    return train_model(photos, tmp_path_factory.mktemp("models") / "model", sampling={"stride": 100})
 
 
 @pytest.fixture(scope="module")

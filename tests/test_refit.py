@@ -10,23 +10,14 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
 
-from ddad.config import make_settings
 from ddad.data.samples import content_hash
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError, ModelError
-from ddad.fit import fit, locked
+from ddad.fit import locked
 from ddad.refit import FEWEST, adapt, recalibrate, tune
-
-
-def write_photos(folder, seeds, level=120):
-    folder.mkdir(exist_ok=True)
-    for i in seeds:
-        pixels = np.clip(level + 15 * np.random.default_rng(i).standard_normal((32, 32, 3)), 0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
-    return folder
+from tiny import train_model, write_photos
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +27,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(photos, tmp_path_factory):
-    settings = make_settings(
-        "xs",
-        image_size=32,
-        false_alarms=0.1,
-        training={"batch_size": 2, "precision": "fp32"},
-        adaptation={"epochs": 0},
-    )
-    return fit(photos, tmp_path_factory.mktemp("models") / "model", settings, steps=2)
+    return train_model(photos, tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddad.errors import ConfigError, ModelError
+from ddad.errors import ConfigError
 from ddad.files import atomic_folder
-from ddad.unet import predict
+from ddad.unet import parse_device, predict
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
 Precision = Literal["fp32", "bf16"]
@@ -57,11 +57,7 @@ def check_backend(backend: str, precision: str, device: str | torch.device | Non
         raise ConfigError(f"Expected a precision of fp32 or bf16, found {precision!r}.")
     if backend not in WITH_GRAPHS:
         return
-    try:
-        on_cpu = device is None or torch.device(device).type == "cpu"
-    except RuntimeError:
-        raise ConfigError(f"Expected a device such as cpu, cuda or cuda:1, found {device!r}.") from None
-    if not on_cpu:
+    if device is not None and parse_device(device).type != "cpu":
         raise ConfigError(f"Expected device cpu for backend {backend}, found {device}; use backend compile on a GPU.")
     if backend == "onnxruntime" and precision != "fp32":
         raise ConfigError(f"Expected precision fp32 for backend onnxruntime, found {precision}; use openvino for bf16.")
@@ -132,7 +128,7 @@ class Graphs(NamedTuple):
 
 
 def find_graphs(model: Path, shape: Sequence[int]) -> Graphs | None:
-    """The graphs of the model folder `model`, where they are in the cache."""
+    """The graphs of the model folder `model`, where they are in the cache; raises OSError for an incomplete folder."""
     graphs = _place(model, shape)
     return graphs if graphs.folder.is_dir() else None
 
@@ -165,17 +161,11 @@ def _place(model: Path, shape: Sequence[int]) -> Graphs:
     record = json.loads((model / "detector.json").read_text(encoding="utf-8"))
     what = [GRAPH_VERSION, _OPSET, torch.__version__, list(shape), record["settings"]["network"]]
     digest = hashlib.sha256(json.dumps(what).encode())
-    try:
-        for part in ("unet", "scheduler", "features"):
-            for file in sorted((model / part).iterdir()):
-                digest.update(file.name.encode())
-                with file.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-    except OSError as error:
-        raise ModelError(
-            f"Expected the network, its scheduler and statistics in {model}, found something else ({error}); copy or "
-            "train the model again."
-        ) from None
+    for part in ("unet", "scheduler", "features"):
+        for file in sorted((model / part).iterdir()):
+            digest.update(file.name.encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return Graphs(cache_folder() / digest.hexdigest()[:32])
 
 

@@ -512,7 +512,7 @@ def info(model: Model, as_json: AsJson = False) -> None:
         "category": record.get("category"),
         "preset": settings["preset"],
         "shape": "{} x {} pixels".format(*record["shape"])
-        + (" in {} x {} tiles".format(*settings["tiles"]) if settings["tiles"] != [1, 1] else ""),
+        + (" in {} x {} tiles".format(*tiles) if (tiles := settings.get("tiles", [1, 1])) != [1, 1] else ""),
         "features": settings["scoring"]["features"],
         "adaptation": record.get("adaptation", {}).get("said"),
         "tuning": record.get("tuning", {}).get("said"),

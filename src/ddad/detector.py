@@ -609,7 +609,10 @@ class Detector:
             ) from None
         if backend in WITH_GRAPHS:
             tile = Tiling.of(shape, settings.tiles).tile
-            graphs = find_graphs(folder, tile)
+            try:
+                graphs = find_graphs(folder, tile)
+            except OSError as error:
+                raise _incomplete(folder, error) from None
             if graphs is None:
                 detector = cls(*_load_parts(folder, settings), settings, shape, **known, device="cpu")
                 graphs = make_graphs(folder, tile, detector.unet, detector.features, *detector._networks[2:])

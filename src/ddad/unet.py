@@ -152,15 +152,20 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"Expected a device such as cpu, cuda or cuda:1, found {name!r}.") from None
+    device = parse_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"Expected a device of this machine, found {device}; it has {torch.cuda.device_count()} CUDA devices."
         )
     return device
+
+
+def parse_device(name: str | torch.device) -> torch.device:
+    """The device of this name, on this machine or not; raises ConfigError for what is none."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"Expected a device such as cpu, cuda or cuda:1, found {name!r}.") from None
 
 
 def processor_computes_bf16(device: torch.device) -> bool:
