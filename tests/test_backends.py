@@ -327,6 +327,77 @@ def test_from_the_command_line(model, made, eager, tmp_path):
     assert isinstance(result.exception, ConfigError)
 
 
+# -- calibrated as it is used -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(model, made, tmp_path_factory):
+    """The model calibrated by OpenVINO in bf16, and the good photographs for that."""
+    place = tmp_path_factory.mktemp("half")
+    (place / "good").mkdir()
+    rng = np.random.default_rng(7)
+    for number in range(8):
+        image = np.clip(PHOTOS[0].astype(int) + rng.integers(-20, 21, PHOTOS[0].shape), 0, 255)
+        Image.fromarray(image.astype(np.uint8)).save(place / "good" / f"{number}.png")
+    shutil.copytree(model, place / "model")
+    arguments = ["recalibrate", str(place / "model"), str(place / "good"), "--backend", "openvino"]
+    result = CliRunner().invoke(app, [*arguments, "--precision", "bf16"])
+    assert result.exit_code == 0, result.output
+    assert "That holds for backend openvino in bf16." in result.output
+    return place
+
+
+def test_a_model_is_used_as_it_was_calibrated(half):
+    detector = Detector.from_pretrained(half / "model")
+    assert (detector.backend, detector.precision, detector.warning) == ("openvino", "bf16", None)
+    # The scores it ranks by are those it gives to the same photographs.
+    now = np.array(scores(detector.predict(sorted((half / "good").iterdir()))))
+    for ranked in detector.calibration.scores:
+        assert np.abs(now - ranked).min() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "runs", "warned"),
+    [
+        ({"precision": "bf16"}, ("openvino", "bf16"), False),
+        ({"backend": "openvino"}, ("openvino", "bf16"), False),
+        ({"precision": "fp32"}, ("torch", "fp32"), True),
+        ({"backend": "torch"}, ("torch", "fp32"), True),
+        ({"backend": "torch", "precision": "bf16"}, ("torch", "bf16"), True),
+        ({"backend": "onnxruntime"}, ("onnxruntime", "fp32"), True),
+    ],
+)
+def test_another_use_than_the_calibrated_one_is_warned_of(half, options, runs, warned):
+    detector = Detector.from_pretrained(half / "model", **options)
+    assert (detector.backend, detector.precision) == runs
+    assert bool(detector.warning) is warned
+    if warned:
+        assert detector.warning.startswith(f"Expected the calibration's backend openvino in bf16, found {runs[0]} in ")
+        assert detector.warning.endswith(f"GOOD_FOLDER --backend {runs[0]} --precision {runs[1]}")
+
+
+def test_fp32_is_the_same_in_every_backend(model, made):
+    for backend in ("torch", *WITH_GRAPHS):
+        assert Detector.from_pretrained(model, backend=backend).warning is None
+    assert Detector.from_pretrained(model, precision="bf16").warning
+
+
+def test_the_warning_is_printed(half, tmp_path):
+    arguments = ["predict", str(half / "model"), str(half / "good" / "0.png"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    result = CliRunner().invoke(app, [*arguments, "--json", "--precision", "fp32"])
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Warning: Expected the calibration's backend openvino in bf16, found torch in fp32")
+
+
+def test_scores_of_two_kinds_are_not_merged(half):
+    with pytest.raises(
+        ConfigError, match=r"Expected scores of backend torch in fp32 to add to, found those of backend "
+    ):
+        Detector.from_pretrained(half / "model", precision="fp32").add_to_calibration(PHOTOS)
+
+
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,13 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ddad.config import Backend, Precision
 from ddad.errors import ConfigError
 from ddad.files import atomic_folder
 from ddad.unet import parse_device, predict
 
-Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
-Precision = Literal["fp32", "bf16"]
-BACKENDS: tuple[Backend, ...] = ("torch", "compile", "onnxruntime", "openvino")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 WITH_GRAPHS: tuple[Backend, ...] = ("onnxruntime", "openvino")
 GRAPH_VERSION = 1
 """Of the graphs in the cache; another number, and they are made again."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddad import conformal
 from ddad.anomaly_map import fuse, smooth, standardise
+from ddad.config import Backend, Precision
 from ddad.drift import FALSE_ALARMS, WINDOW, DriftMonitor, PhotoStatistics
 from ddad.errors import DataError
 
@@ -45,6 +46,14 @@ class Calibration(BaseModel):
     """Of a cross-conformal calibration: images that gave units also ranked, each in units from the other folds."""
     photographs: tuple[PhotoStatistics, ...] = ()
     """What the good images look like that gave units or ranked."""
+    backend: Backend = "torch"
+    """What computed the networks for these scores; and"""
+    precision: Precision = "fp32"
+    """how. Scores in fp32 are the same in every backend but for rounding, those in bf16 are each backend's own."""
+
+    def holds(self, backend: Backend, precision: Precision) -> bool:
+        """Whether scores computed like this rank among these scores as the promise supposes."""
+        return precision == self.precision and (precision == "fp32" or backend == self.backend)
 
     @property
     def promised_rate(self) -> float | None:
@@ -85,6 +94,8 @@ class Calibration(BaseModel):
         )
         if len(self.scores) < (bounding := conformal.images_to_bound(self.false_alarms)):
             text += f" A bound of {_percent(self.false_alarms)} takes at least {bounding} images."
+        if self.precision != "fp32":
+            text += f" That holds for backend {self.backend} in {self.precision}."
         if self.promised_rate > self.false_alarms * 1.0001:
             needed = conformal.images_needed(self.false_alarms)
             text += (

@@ -83,9 +83,18 @@ Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")
 BatchSize = Annotated[int, typer.Option(min=1, help="Images inspected together; scores do not depend on it.")]
 Fast = Annotated[bool, typer.Option("--fast", help="The model's one-call student, made by ddad distill.")]
 BackendName = Annotated[
-    str, typer.Option(metavar="NAME", help="torch, compile, onnxruntime or openvino: what computes the networks.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What computes the networks: torch (the default), compile, onnxruntime or openvino.",
+    ),
 ]
-PrecisionName = Annotated[str, typer.Option(metavar="NAME", help="fp32, or bf16 where the processor computes it.")]
+PrecisionName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="fp32 (the default, unless calibrated in bf16), or bf16 where the processor computes it."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutModel = Annotated[Path | None, typer.Option(help="The model folder to write; by default MODEL is replaced.")]
 Data = Annotated[Path, typer.Argument(help="A folder in MVTec layout, or a folder of good images.")]
@@ -211,8 +220,8 @@ def predict(
     out: Annotated[Path, typer.Option(help="The folder for results.jsonl and the pictures.")],
     batch_size: BatchSize = 4,
     fast: Fast = False,
-    backend: BackendName = "torch",
-    precision: PrecisionName = "fp32",
+    backend: BackendName = None,
+    precision: PrecisionName = None,
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
@@ -258,8 +267,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Images inspected together; only scores as published depend on it.")
     ] = None,
     fast: Fast = False,
-    backend: BackendName = "torch",
-    precision: PrecisionName = "fp32",
+    backend: BackendName = None,
+    precision: PrecisionName = None,
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
@@ -282,6 +291,8 @@ def recalibrate(
     false_alarms: Annotated[
         float | None, typer.Option(parser=_rate, metavar="RATE", help="Such as 1%; by default the model's.")
     ] = None,
+    backend: BackendName = None,
+    precision: PrecisionName = None,
     device: Device = None,
     workers: Workers = 2,
 ) -> None:
@@ -290,7 +301,15 @@ def recalibrate(
 
     with _Interruptible():
         detector = calibrate_again(
-            model, data, out, merge=merge, false_alarms=false_alarms, device=device, workers=workers
+            model,
+            data,
+            out,
+            merge=merge,
+            false_alarms=false_alarms,
+            backend=backend,  # type: ignore[arg-type]  # checked there
+            precision=precision,  # type: ignore[arg-type]
+            device=device,
+            workers=workers,
         )
     _print_calibrated(detector, out or model)
 
@@ -577,7 +596,10 @@ def demo(
 def _load(model: Path, device: str | None, fast: bool, backend: Any, precision: Any) -> "Detector":
     from ddad.detector import Detector
 
-    return Detector.from_pretrained(model, device, fast=fast, backend=backend, precision=precision)
+    detector = Detector.from_pretrained(model, device, fast=fast, backend=backend, precision=precision)
+    if detector.warning:
+        print(f"Warning: {detector.warning}", file=sys.stderr)
+    return detector
 
 
 def _settings(preset: str, **options: Any) -> Any:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ddad.errors import ConfigError
 
+Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
+Precision = Literal["fp32", "bf16"]
 Preset = Literal["xs", "s", "base", "paper", "paper-s"]
 DEFAULT_FEATURES = "efficientnet-lite2"
 IMAGE_SIZE = 128

@@ -35,9 +35,7 @@ from ddad.anomaly_map import (
 )
 from ddad.backends import (
     WITH_GRAPHS,
-    Backend,
     Networks,
-    Precision,
     check_backend,
     compiled,
     find_graphs,
@@ -53,7 +51,7 @@ from ddad.calibration import (
     fit_units,
     weighted,
 )
-from ddad.config import Settings, parse_settings
+from ddad.config import Backend, Precision, Settings, parse_settings
 from ddad.drift import PhotoStatistics, photo_statistics
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
@@ -174,8 +172,9 @@ class Detector:
         self.image_rule = image_rule
         self.record = record
         """What is known of the training: data fingerprint, steps, measured numbers."""
+        self.backend: Backend = "torch"
         self.precision: Precision = "fp32"
-        """Of the U-Net: `fp32`, or `bf16` for speed; scores then move by a few percent at most."""
+        """Of the U-Net: `fp32`, or `bf16` for speed; scores then move, and want a calibration of their own."""
         self._graphs_of: Path | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -355,7 +354,7 @@ class Detector:
         seen: list[PhotoStatistics] = []
         units = self._use_units(self._compared(_looked_at(select, seen), batch_size))
         scores = self.score(_looked_at(calibration, seen), batch_size)
-        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms, photographs=seen)
+        self._calibrated(units.scales, scores, seen)
 
     def calibrate_across(self, images: Iterable[np.ndarray], folds: int = FOLDS, batch_size: int = 4) -> None:
         """Set `calibration` from so few good images that each must both give units and rank (cross-conformal).
@@ -375,24 +374,45 @@ class Detector:
             distances, folds, self._by_position, lambda some, units: image_score(self.fuse(some, units))
         )
         units = self._use_units(distances)
-        self.calibration = calibrate(units.scales, scores, self.settings.false_alarms, folds=folds, photographs=seen)
+        self._calibrated(units.scales, scores, seen, folds)
 
     def add_to_calibration(self, images: Iterable[np.ndarray], batch_size: int = 4) -> None:
         """Add the scores of more good images (uint8, model shape) to those there are; units stay.
 
         Raises:
-            ConfigError: there is no calibration to add to.
+            ConfigError: there is no calibration to add to, or one in another precision.
         """
         if self.calibration is None or not self.calibration.scores:
             raise ConfigError("Expected a calibrated model to add scores to, found none; recalibrate without --merge.")
+        if not self.calibration.holds(self.backend, self.precision):
+            raise ConfigError(
+                f"Expected scores of backend {self.backend} in {self.precision} to add to, found those of backend "
+                f"{self.calibration.backend} in {self.calibration.precision}; recalibrate without --merge."
+            )
         seen = [*self.calibration.photographs]
         scores = [*self.calibration.scores, *self.score(_looked_at(images, seen), batch_size)]
-        self.calibration = calibrate(
-            self.calibration.scales,
-            scores,
-            self.settings.false_alarms,
-            folds=self.calibration.folds,
-            photographs=seen,
+        self._calibrated(self.calibration.scales, scores, seen, self.calibration.folds)
+
+    def _calibrated(
+        self,
+        scales: Sequence[float],
+        scores: Sequence[float],
+        seen: Sequence[PhotoStatistics],
+        folds: int | None = None,
+    ) -> None:
+        ranked = calibrate(scales, scores, self.settings.false_alarms, folds=folds, photographs=seen)
+        self.calibration = ranked.model_copy(update={"backend": self.backend, "precision": self.precision})
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence where the model was calibrated in another precision than it runs in: the promise then lapses."""
+        known = self.calibration
+        if known is None or known.threshold is None or known.holds(self.backend, self.precision):
+            return None
+        return (
+            f"Expected the calibration's backend {known.backend} in {known.precision}, found {self.backend} in "
+            f"{self.precision}: some verdicts differ, and the false-alarm rate is not promised; calibrate for "
+            f"this use: ddad recalibrate MODEL GOOD_FOLDER --backend {self.backend} --precision {self.precision}"
         )
 
     def score(self, images: Iterable[np.ndarray], batch_size: int = 4) -> list[float]:
@@ -562,22 +582,22 @@ class Detector:
         device: str | torch.device | None = None,
         *,
         fast: bool = False,
-        backend: Backend = "torch",
-        precision: Precision = "fp32",
+        backend: Backend | None = None,
+        precision: Precision | None = None,
     ) -> "Detector":
         """Load a model folder.
 
         Args:
             fast: the one-call student in it, made by `ddad distill`, instead of the model itself.
             backend: what computes the networks; all but `torch` take up to a minute when first used with a model.
-            precision: of the networks, as `Detector.precision`.
+            precision: of the networks, as `Detector.precision`. By default both are as in calibration where that was in
+                bf16, else `torch` and fp32.
 
         Raises:
             ModelError: the folder is missing, incomplete or of a newer format, or has no student.
             ConfigError: the backend is not installed, or cannot do what is asked.
         """
         folder = Path(folder)
-        check_backend(backend, precision, device)
         record = read_record(folder)
         if fast:
             folder /= STUDENT
@@ -607,6 +627,8 @@ class Detector:
                 f"Expected settings this version understands in {folder / 'detector.json'}, found others "
                 f"({str(error).splitlines()[0]}); train the model again."
             ) from None
+        backend, precision = _computed(known["calibration"], backend, precision)
+        check_backend(backend, precision, device)
         if backend in WITH_GRAPHS:
             tile = Tiling.of(shape, settings.tiles).tile
             try:
@@ -618,18 +640,29 @@ class Detector:
                 graphs = make_graphs(folder, tile, detector.unet, detector.features, *detector._networks[2:])
             detector = cls.__new__(cls)
             detector._know(settings, shape, **known)
-            detector._networks, detector.precision = graphs.load(backend, precision), precision
+            detector._networks = graphs.load(backend, precision)
+            detector.backend, detector.precision = backend, precision
             detector._graphs_of, detector.device = folder, torch.device("cpu")
             return detector
         detector = cls(*_load_parts(folder, settings), settings, shape, **known, device=device)
         if precision == "bf16":
             # Faster on CPUs, too; but there GroupNorm then rounds a thousand times more coarsely, so not in fp32.
             detector.unet.to(memory_format=torch.channels_last)
-        detector.precision = precision
+        detector.backend, detector.precision = backend, precision
         if backend == "compile":
             denoise, features = compiled(detector.unet, detector.features)
             detector._networks = detector._networks._replace(denoise=denoise, features=features)
         return detector
+
+
+def _computed(
+    calibration: Calibration | None, backend: Backend | None, precision: Precision | None
+) -> tuple[Backend, Precision]:
+    """Backend and precision as asked for; where that leaves a choice, as in a calibration in bf16."""
+    known = calibration or Calibration(scales=())
+    if known.precision == "bf16" and backend in (None, known.backend) and precision in (None, "bf16"):
+        return known.backend, known.precision
+    return backend or "torch", precision or "fp32"
 
 
 def _load_parts(folder: Path, settings: Settings) -> tuple[Any, "DDIMScheduler", FeatureExtractor]:

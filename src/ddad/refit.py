@@ -11,6 +11,7 @@ import psutil
 
 from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
+from ddad.config import Backend, Precision
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
 from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, spread, too_few_to_split
@@ -65,6 +66,8 @@ def recalibrate(
     *,
     merge: bool = False,
     false_alarms: float | None = None,
+    backend: Backend | None = None,
+    precision: Precision | None = None,
     device: str | None = None,
     workers: int = 2,
 ) -> Detector:
@@ -78,6 +81,8 @@ def recalibrate(
         out: where to; by default the model is replaced.
         merge: keep the units, and add the new images' scores to those there are.
         false_alarms: the rate to promise; by default the model's.
+        backend: what computes the networks, now and later by default; and
+        precision: in which precision, as `Detector.from_pretrained`.
 
     Raises:
         ConfigError: another process is at it, or there is no calibration to merge with.
@@ -85,8 +90,9 @@ def recalibrate(
     """
     out = _place(model, out)
     with _alone(out):
-        detector = Detector.from_pretrained(model, device=device)
-        student = Detector.from_pretrained(model, device=device, fast=True) if _has_student(model) else None
+        how: dict[str, Any] = {"device": device, "backend": backend, "precision": precision}
+        detector = Detector.from_pretrained(model, **how)
+        student = Detector.from_pretrained(model, fast=True, **how) if _has_student(model) else None
         paths = paths_by_hash(sample.path for sample in scan(data).train)
         for one in (detector, student) if student else (detector,):
             if false_alarms is not None:
@@ -160,7 +166,7 @@ def adapt(
     """
     out = _place(model, out)
     with _alone(out) as run:
-        detector = Detector.from_pretrained(model, device=device)
+        detector = _trainable(model, device)
         converted = detector.record.get("converted", {}).get("features", {})
         if detector.record.get("adaptation", {}).get("epochs") or isinstance(converted.get("weights"), dict):
             raise ConfigError(
@@ -215,7 +221,7 @@ def tune(
     """
     out = _place(model, out)
     with _alone(out):
-        detector = Detector.from_pretrained(model, device=device)
+        detector = _trainable(model, device)
         parts = _judging_parts(detector, data)
         detector.record["tuning"] = choose(detector, parts.cache(parts.select, detector, workers), seconds, on_stage)
         _calibrate(detector, parts, workers)
@@ -254,7 +260,7 @@ def distill(
     """
     out = _place(model, out)
     with _alone(out) as run:
-        detector = Detector.from_pretrained(model, device=device)
+        detector = _trainable(model, device)
         parts = _judging_parts(detector, data)
         train = [one for one in parts.train if one in parts.paths]
         if not train:
@@ -315,6 +321,11 @@ def _save(
     if student is None and _has_student(model):
         on_stage("The one-call student is that of the model as it was, and is left out; make it again: ddad distill.")
     detector.save_pretrained(out, card=model_card(detector, student), extra=_log(Path(model)), student=student)
+
+
+def _trainable(model: str | Path, device: str | None) -> Detector:
+    """The model in PyTorch and fp32, in whatever it was calibrated: its networks are changed, or judged closely."""
+    return Detector.from_pretrained(model, device, backend="torch", precision="fp32")
 
 
 def _has_student(model: str | Path) -> bool:
