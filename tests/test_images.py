@@ -207,7 +207,7 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
     handle = io.BytesIO(data)
     handle.read()
     np.testing.assert_array_equal(read_image(handle), pixels)
-    assert probe(path) == ImageInfo(width=40, height=24, mode="RGB", bits=8, format="PNG")
+    assert probe(path) == ImageInfo(width=40, height=24, mode="RGB", bits=8, format="PNG", frames=1)
 
 
 @few
@@ -232,6 +232,17 @@ def test_first_frame_of_several():
     first, second = Image.fromarray(gradient()), Image.new("RGB", (4, 4))
     data = encoded(first, "TIFF", save_all=True, append_images=[second])
     np.testing.assert_array_equal(read_image(data), gradient())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_frames_are_counted(kind, tmp_path):
+    path = tmp_path / "several"
+    frames = [Image.fromarray(np.roll(gradient(), shift, axis=1)) for shift in range(3)]
+    for count in (1, 2, 3):
+        path.write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:count]))
+        assert probe(path).frames == count
+    path.write_bytes(encoded(frames[0], kind))
+    assert probe(path).frames == 1
 
 
 # The rule for deep images

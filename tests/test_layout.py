@@ -49,6 +49,18 @@ ORDER = [
     "ablation",
     "benchmark",
     "integrations.authors",
+    "server.batching",
+    "server.measures",
+    "server.decoding",
+    "server.history",
+    "server.hosting",
+    "server.station",
+    "server.guard",
+    "server.api",
+    "server.protocol",
+    "server.page",
+    "server.app",
+    "server.run",
     "cli",
 ]
 

@@ -69,6 +69,11 @@ class Calibration(BaseModel):
             return None
         return conformal.rate_bound(len(self.scores), self.false_alarms)
 
+    def with_budget(self, false_alarms: float) -> "Calibration":
+        """The same scores with the threshold for another false-alarm rate; raises as `conformal.threshold`."""
+        limit = conformal.threshold(np.asarray(self.scores), false_alarms)
+        return self.model_copy(update={"false_alarms": false_alarms, "threshold": limit})
+
     def monitor(self, window: int = WINDOW, false_alarms: float = FALSE_ALARMS) -> DriftMonitor:
         """A monitor that compares further photographs with the calibration images; raises as `DriftMonitor`.
 

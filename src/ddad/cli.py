@@ -70,6 +70,13 @@ def _tiles(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _size(given: str | int) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(given).strip().lower())
+    if not match:
+        raise typer.BadParameter(f"expected a size such as 500MB or 2GB, got {given!r}")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+
+
 Preset = Annotated[str, typer.Option(help="xs, s, base: ours; paper, paper-s: as published.")]
 FalseAlarms = Annotated[
     float,
@@ -421,6 +428,64 @@ def monitor(
         print(f"{watcher.images} photographs, {alarms or 'no'} {'alarm' if alarms == 1 else 'alarms'}{few}.")
     elif few:
         print(f"{watcher.images} photographs{few}.", file=sys.stderr)
+
+
+@app.command()
+def serve(
+    models: Annotated[list[Path], typer.Argument(help="Model folders; each is served under its folder's name.")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than this machine's own need a token.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with the token that clients must show; or set DDAD_TOKEN.")
+    ] = None,
+    history: Annotated[Path, typer.Option(help="The folder that keeps past inspections.")] = Path("ddad-history"),
+    history_size: Annotated[
+        int, typer.Option(parser=_size, metavar="SIZE", show_default="2GB", help="The oldest are removed beyond it.")
+    ] = 2 << 30,
+    max_batch: Annotated[int, typer.Option(min=1, help="Photographs inspected together; scores stay.")] = 8,
+    max_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that a photograph waits for others.")] = 5.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Photographs that may wait; more are refused.")] = 256,
+    max_files: Annotated[int, typer.Option(min=1, help="Photographs a request.")] = 32,
+    max_request: Annotated[
+        int, typer.Option(parser=_size, metavar="SIZE", show_default="64MB", help="Of a request's body.")
+    ] = 64 << 20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of a photograph.")] = 50_000_000,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests a second from one address.")] = 100.0,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until a photograph is given up.")] = 30.0,
+    fast: Fast = False,
+    backend: BackendName = None,
+    precision: PrecisionName = None,
+    device: Device = None,
+    workers: Workers = 2,
+) -> None:
+    """Inspect photographs over HTTP: a page for people, an API for machines."""
+    from ddad.server.run import Options, serve_forever
+
+    serve_forever(
+        models,
+        Options(
+            host=host,
+            port=port,
+            token_file=token_file,
+            history=history,
+            history_bytes=history_size,
+            max_batch=max_batch,
+            max_wait=max_wait / 1000,
+            max_queue=max_queue,
+            max_files=max_files,
+            max_bytes=max_request,
+            max_pixels=max_pixels,
+            rate=rate,
+            deadline=deadline,
+            fast=fast,
+            backend=backend,  # type: ignore[arg-type]  # checked there
+            precision=precision,  # type: ignore[arg-type]
+            device=device,
+            workers=workers,
+        ),
+    )
 
 
 @app.command()

@@ -66,7 +66,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 RECORD = "detector.json"
+OF_THE_FOLDER = ("format_version", "versions", "files")
+"""What of the record is written anew with each folder."""
 STATISTICS = "statistics.safetensors"
+PARTS = ("unet", "scheduler", "features", STATISTICS)
 STUDENT = "fast"
 """Folder of the one-call student inside a model: a model of its own."""
 FOLDS = 10
@@ -102,10 +105,14 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Photo:
+class Photo:
+    """A photograph, read for a model."""
+
     path: str | None
-    image: np.ndarray  # uint8, model shape
-    size: tuple[int, int]  # of the photograph itself
+    image: np.ndarray
+    """uint8 (H, W, 3), the model's shape."""
+    size: tuple[int, int]
+    """Height and width of the photograph itself, to which regions refer."""
 
 
 class Detector:
@@ -472,11 +479,11 @@ class Detector:
         the network. `batch_max` fuses as published, for comparison only: scores then depend on the batch, and there is
         no verdict.
         """
-        pending: list[tuple[ImageSource, _Photo | DataError]] = []
+        pending: list[tuple[ImageSource, Photo | DataError]] = []
 
         def flush() -> Iterator[tuple[ImageSource, Prediction | DataError]]:
             ready = [item for _, item in pending if not isinstance(item, DataError)]
-            predictions = iter(self._predict_batch(ready, batch_max))
+            predictions = iter(self.predict_photos(ready, batch_max))
             for source, item in pending:
                 yield source, item if isinstance(item, DataError) else next(predictions)
             pending.clear()
@@ -487,14 +494,15 @@ class Detector:
                 yield from flush()
         yield from flush()
 
-    def _read(self, source: ImageSource) -> _Photo | DataError:
+    def _read(self, source: ImageSource) -> Photo | DataError:
         try:
             image, photo_size = read_photo(source, self.shape, self.image_rule)
         except DataError as error:
             return error
-        return _Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
+        return Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
 
-    def _predict_batch(self, batch: Sequence[_Photo], batch_max: bool = False) -> list[Prediction]:
+    def predict_photos(self, batch: Sequence[Photo], batch_max: bool = False) -> list[Prediction]:
+        """Inspect photographs that are read already, all in one batch; `batch_max` as in `stream`."""
         if not batch:
             return []
         images = [photo.image for photo in batch]
@@ -571,6 +579,7 @@ class Detector:
             "calibration": self.calibration and self.calibration.model_dump(mode="json"),
             "image_rule": self.image_rule.model_dump(mode="json"),
             "versions": package_versions(),
+            "files": _file_hashes(folder),
             **self.record,
         }
         write_json(folder / RECORD, record)
@@ -620,7 +629,9 @@ class Detector:
                 "calibration": calibration and Calibration.model_validate(calibration),
                 "statistics": PositionStatistics(**stored) if stored else None,
                 "image_rule": ImageRule.model_validate(record.pop("image_rule")),
-                "record": {key: value for key, value in record.items() if key not in ("format_version", "versions")},
+                "record": {
+                    key: value for key, value in record.items() if key not in ("format_version", "versions", "files")
+                },
             }
         except (KeyError, TypeError, ValidationError, ConfigError) as error:
             raise ModelError(
@@ -698,6 +709,42 @@ def read_record(folder: Path) -> dict[str, Any]:
     if found != FORMAT_VERSION:
         raise ModelError(f"Expected model format {FORMAT_VERSION} in {path}, found {found}; update ddad.")
     return record
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of what the model computes with, by the file's place in its folder."""
+    files = [
+        file for part in ("unet", "scheduler", "features") for file in (folder / part).rglob("*") if file.is_file()
+    ]
+    files += folder.glob(STATISTICS)
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in sorted(files)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_files(folder: str | Path) -> str:
+    """Check a model's files against the hashes in its `detector.json`.
+
+    Returns:
+        The SHA-256 of `detector.json`, which stands for the whole model.
+
+    Raises:
+        ModelError: there is no model, it has no hashes, or a file is another one, missing or too many.
+    """
+    folder = Path(folder)
+    expected, found = read_record(folder).get("files"), _file_hashes(folder)
+    if not expected:
+        raise ModelError(
+            f"Expected the hashes of its files in {folder / RECORD}, found none; ddad recalibrate writes them."
+        )
+    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+        raise ModelError(
+            f"Expected the files that {folder / RECORD} records, found that {wrong[0]} differs; copy the model again."
+        )
+    return _sha256(folder / RECORD)
 
 
 def check_place(folder: Path) -> None:

@@ -68,12 +68,13 @@ class ImageInfo:
     mode: str
     bits: int  # 8, 16 or 32
     format: str  # "PNG", "JPEG", "BMP", "TIFF" or "WEBP"
+    frames: int  # 1 for a plain picture; more for an animation or a TIFF file of several pages
 
 
-def probe(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ImageInfo:
+def probe(path: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """Read the header only. EXIF data that a PNG file keeps behind its pixels is not seen here.
 
-    Raises DataError as `read_image` does, except for damage behind the header.
+    Raises DataError as `read_image` does, except for damage behind the header; all pages of a TIFF file need a header.
     """
     with _opened(path, max_pixels) as image:
         width, height = image.size
@@ -85,7 +86,7 @@ def probe(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ImageIn
         # Pillow has already turned the size of a TIFF file.
         if image.format != "TIFF" and exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
             width, height = height, width
-        return ImageInfo(width, height, image.mode, _bits(image), image.format or "")
+        return ImageInfo(width, height, image.mode, _bits(image), image.format or "", getattr(image, "n_frames", 1))
 
 
 def fit_image_rule(paths: Iterable[str | os.PathLike[str]], max_pixels: int = MAX_PIXELS) -> ImageRule:
@@ -125,18 +126,18 @@ def read_image(
 
     Raises DataError for whatever cannot be read, is too large, or holds values outside the expected range.
     """
-    return _to_rgb(_decode(source, rule, max_pixels), size, rule, _name(source))
+    return to_rgb(pixel_values(source, rule, max_pixels), size, rule, _name(source))
 
 
 def read_photo(
     source: Source, size: tuple[int, int], rule: ImageRule, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """`read_image` at `size`, and the photograph's own (height, width), from one decoding."""
-    values = _decode(source, rule, max_pixels)
-    return _to_rgb(values, size, rule, _name(source)), values.shape[:2]
+    values = pixel_values(source, rule, max_pixels)
+    return to_rgb(values, size, rule, _name(source)), values.shape[:2]
 
 
-def _decode(source: Source, rule: ImageRule, max_pixels: int) -> np.ndarray:
+def pixel_values(source: Source, rule: ImageRule, max_pixels: int) -> np.ndarray:
     """Upright pixels: uint8 (H, W, 3), or raw values (H, W[, 3 or 4])."""
     if isinstance(source, np.ndarray):
         return _checked_array(source)
@@ -149,7 +150,7 @@ def _decode(source: Source, rule: ImageRule, max_pixels: int) -> np.ndarray:
         return _pixels(image)
 
 
-def _to_rgb(values: np.ndarray, size: tuple[int, int] | None, rule: ImageRule, name: str) -> np.ndarray:
+def to_rgb(values: np.ndarray, size: tuple[int, int] | None, rule: ImageRule, name: str) -> np.ndarray:
     if values.dtype != np.uint8:
         values = _to_unit(values, 1 if values.dtype.kind == "f" else rule.white, name)
         if values.ndim == 3 and values.shape[2] == 4:

@@ -1,0 +1,151 @@
+"""Requests that arrive one by one go through the network together.
+
+A batch is what waits when the network gets free: at most `max_batch` items, and while there are fewer it waits for
+others until the oldest has waited `max_wait` seconds. So a lone request is delayed by no more than that, and under
+load the batches fill by themselves. Nobody waits in vain: what is cancelled or too late leaves the queue, and a full
+queue refuses at once and says when to come again.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class QueueFull(Exception):
+    """There are `max_queue` items already."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+        """Seconds in which the queue will have been worked off, as measured."""
+
+
+class TooLate(Exception):
+    """The deadline passed before there was a result."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    max_batch: int = 8
+    """Items that go through the network together; 1: no batching."""
+    max_wait: float = 0.005
+    """Seconds that the first item of a batch waits for others."""
+    max_queue: int = 256
+    """Items that may wait."""
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    future: "asyncio.Future[Result]"
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batcher(Generic[Item, Result]):
+    """Collects items into batches and runs one batch at a time.
+
+    Args:
+        run: results of a batch of items, in their order; called in `executor`. What it raises, all of the batch get.
+        executor: where to run; several batchers may share one.
+        on_batch: told the size of each batch and how long each of its items had waited, in seconds.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Sequence[Result]],
+        executor: Executor,
+        settings: BatchSettings = BatchSettings(),
+        on_batch: Callable[[list[float]], None] = lambda waited: None,
+    ) -> None:
+        self._run, self._executor, self._settings, self._on_batch = run, executor, settings, on_batch
+        self._queue: deque[_Waiting[Item, Result]] = deque()
+        self._changed = asyncio.Event()
+        self._closing = False
+        self._seconds_an_item = 0.0
+        self._task: asyncio.Task[None] | None = None  # begun with the first item, since only then there is a loop
+
+    def __len__(self) -> int:
+        """Items that wait."""
+        return len(self._queue)
+
+    async def submit(self, item: Item, seconds: float | None = None) -> Result:
+        """The result for one item.
+
+        Args:
+            seconds: the deadline, from now.
+
+        Raises:
+            QueueFull: too many wait.
+            TooLate: the deadline passed.
+            RuntimeError: the batcher is closed.
+        """
+        if self._closing:
+            raise RuntimeError("the batcher is closed")
+        if len(self._queue) >= self._settings.max_queue:
+            raise QueueFull(max(1.0, len(self._queue) * self._seconds_an_item))
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
+        waiting: _Waiting[Item, Result] = _Waiting(item, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        self._changed.set()
+        try:
+            async with asyncio.timeout(seconds):
+                return await waiting.future
+        except TimeoutError:
+            raise TooLate from None
+        finally:
+            if waiting in self._queue:  # cancelled or too late
+                self._queue.remove(waiting)
+
+    async def close(self) -> None:
+        """Take nothing more, finish what waits."""
+        self._closing = True
+        self._changed.set()
+        if self._task:
+            await self._task
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while batch := await self._collect():
+            started = time.monotonic()
+            self._on_batch([started - waiting.since for waiting in batch])
+            try:
+                results = await loop.run_in_executor(self._executor, self._run, [waiting.item for waiting in batch])
+            except Exception as error:
+                for waiting in batch:
+                    if not waiting.future.done():
+                        waiting.future.set_exception(error)
+                continue
+            self._seconds_an_item = (time.monotonic() - started) / len(batch)
+            for waiting, result in zip(batch, results, strict=True):
+                if not waiting.future.done():
+                    waiting.future.set_result(result)
+
+    async def _collect(self) -> list[_Waiting[Item, Result]]:
+        """The next batch; empty when closed and done."""
+        while True:
+            self._changed.clear()
+            if self._queue:
+                left = self._queue[0].since + self._settings.max_wait - time.monotonic()
+                if len(self._queue) >= self._settings.max_batch or left <= 0 or self._closing:
+                    size = min(len(self._queue), self._settings.max_batch)
+                    return [self._queue.popleft() for _ in range(size)]
+                await self._changed_within(left)
+            elif self._closing:
+                return []
+            else:
+                await self._changed.wait()
+
+    async def _changed_within(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            pass

@@ -1,0 +1,332 @@
+"""What happens to a photograph: decoded, queued, inspected in a batch, drawn, remembered, watched for drift."""
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from ddad.detector import Photo
+from ddad.drift import photo_statistics
+from ddad.errors import ConfigError, DataError
+from ddad.images import encode_jpeg, encode_png
+from ddad.results import draw
+from ddad.server.batching import BatchSettings
+from ddad.server.decoding import Decoded, Decoders, Limits
+from ddad.server.history import History, Inspection
+from ddad.server.hosting import Effect, Hosted, Inspected, LoadSettings, Version
+from ddad.server.measures import Measures
+
+PICTURES = ("photo", "heatmap", "overlay", "reconstruction")
+RECENT = 200
+"""Inspections that the effect of another budget is shown on."""
+_KEEP_DRIFT_EVERY = 10
+_JPEG = ("photo", "overlay")  # as large as the photograph; the others are as large as the model's images
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class StationSettings:
+    history: Path = Path("ddad-history")
+    """Folder of past inspections."""
+    history_bytes: int = 2 << 30
+    batches: BatchSettings = field(default_factory=BatchSettings)
+    decoding: Limits = field(default_factory=Limits)
+    workers: int = 2
+    """Processes that decode, and threads that draw and store."""
+    deadline: float = 30.0
+    """Seconds a photograph may take from its arrival to its result."""
+
+
+class Upload(NamedTuple):
+    name: str
+    """As the client calls it; shown, never a path."""
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one uploaded file: an inspection, or the sentence that says why there is none."""
+
+    file: str
+    inspection: Inspection | None = None
+    inspected: Inspected | None = None
+    decoded: Decoded | None = None
+    error: str | None = None
+
+
+class Station:
+    """The inspection of photographs, without HTTP.
+
+    Args:
+        models: folders, served under their names.
+
+    Raises:
+        ConfigError: two folders of one name, or a name that is no plain word.
+        ModelError: as `Hosted`.
+        DataError: as `History`.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Path],
+        settings: StationSettings,
+        load: LoadSettings = LoadSettings(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.settings = settings
+        self.measures = Measures()
+        self.started = datetime.now(UTC)
+        named = _named(models)
+        self._network = ThreadPoolExecutor(1, "network")  # one batch at a time, whatever the model
+        self._threads = ThreadPoolExecutor(settings.workers + 2, "station")
+        self.history = History(settings.history, settings.history_bytes)
+        try:
+            self.models = {
+                name: Hosted(
+                    name,
+                    folder,
+                    self._network,
+                    load=load,
+                    batches=settings.batches,
+                    on_batch=self._count_batch,
+                    timed=self.measures.stage,
+                    on_load=self._recall,
+                )
+                for name, folder in named.items()
+            }
+            self._decoders = Decoders(settings.workers, settings.decoding)
+        except BaseException:
+            self.history.close()
+            raise
+        for name, hosted in self.models.items():
+            self.measures.queue_length(name, lambda hosted=hosted: len(hosted.current.batcher))  # type: ignore[misc]
+            self.measures.version(name, hosted.current.number)
+
+    @property
+    def default(self) -> Hosted:
+        """The model named first."""
+        return next(iter(self.models.values()))
+
+    async def in_thread(self, call: Callable[[], Result]) -> Result:
+        """Run a function beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    # -- inspection ----------------------------------------------------------------------------------------------------
+
+    async def inspect(self, hosted: Hosted, uploads: Sequence[Upload], request_id: str) -> list[Answer]:
+        """Inspect files and remember what was found; one that is no photograph gets a sentence, the others go on.
+
+        When this is cancelled, what still waits leaves the queue, and nothing is remembered.
+
+        Raises:
+            batching.QueueFull: too many wait.
+            batching.TooLate: the deadline passed.
+        """
+        version = hosted.current
+        answers = await _together(self._one(version, upload) for upload in uploads)
+        return await self.in_thread(lambda: self._remember(answers, request_id))
+
+    async def predict(self, hosted: Hosted, contents: Sequence[bytes | np.ndarray]) -> list[Answer]:
+        """As `inspect`, without remembering or drawing; arrays are photographs, uint8 (H, W, 3)."""
+        version = hosted.current
+        files = [encode_png(one) if isinstance(one, np.ndarray) else one for one in contents]
+        return await _together(self._one(version, Upload(f"input {i}", one)) for i, one in enumerate(files))
+
+    async def _one(self, version: Version, upload: Upload) -> Answer:
+        name = shown(upload.name)
+        detector = version.detector
+        try:
+            decoded = await self.in_thread(
+                lambda: self._timed(
+                    "decode", lambda: self._decoders.decode(upload.content, name, detector.shape, detector.image_rule)
+                )
+            )
+        except DataError as error:
+            self.measures.refused.labels("file").inc()
+            return Answer(name, error=str(error))
+        photo = Photo(name, decoded.image, decoded.size)
+        inspected = await version.batcher.submit(photo, self.settings.deadline)
+        return Answer(name, inspected=inspected, decoded=decoded)
+
+    def _timed(self, stage: str, call: Callable[[], Result]) -> Result:
+        with self.measures.stage(stage):
+            return call()
+
+    def _remember(self, answers: Sequence[Answer], request_id: str) -> list[Answer]:
+        found = [answer for answer in answers if answer.inspected]
+        with self.measures.stage("draw"):
+            new = [_inspection(answer, request_id) for answer in found]
+            pictures = [self._pictures(answer) for answer in found]
+        with self.measures.stage("store"):
+            stored = self.history.add(list(zip(new, pictures, strict=True)))
+        kept = iter(stored)
+        done = [Answer(**{**vars(one), "inspection": next(kept)}) if one.inspected else one for one in answers]
+        for answer in found:
+            self._count(answer)
+        return done
+
+    def _pictures(self, answer: Answer) -> dict[str, bytes]:
+        assert answer.decoded
+        drawn = self.draw(answer)
+        coded = {kind: (encode_jpeg(one, 90) if kind in _JPEG else encode_png(one)) for kind, one in drawn.items()}
+        return {"photo": answer.decoded.photo, **coded}
+
+    def draw(self, answer: Answer) -> dict[str, np.ndarray]:
+        """Heatmap, overlay and reconstruction of an answer with a prediction, as large as its photograph is shown."""
+        assert answer.inspected
+        assert answer.decoded
+        with Image.open(BytesIO(answer.decoded.photo)) as photo:
+            shown_photo = np.asarray(photo.convert("RGB"))
+        return draw(answer.inspected.version.detector, shown_photo, answer.inspected.prediction)
+
+    def _count(self, answer: Answer) -> None:
+        assert answer.inspected
+        prediction, version = answer.inspected.prediction, answer.inspected.version
+        self.measures.verdicts.labels(version.name, "anomalous" if prediction.is_anomalous else "good").inc()
+        version.watch(prediction.anomaly_score, photo_statistics(prediction.image))
+        if version.monitor is None:
+            return
+        for quantity in ("scores", "brightness", "focus", "framing"):
+            self.measures.drift.labels(version.name, quantity).set(quantity in version.alarms)
+        if version.monitor.images % _KEEP_DRIFT_EVERY == 0:
+            self._keep_drift(version)
+
+    def _count_batch(self, waited: list[float]) -> None:
+        self.measures.batch_size.observe(len(waited))
+        for seconds in waited:
+            self.measures.stage_seconds.labels("queue").observe(seconds)
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    def effect(self, hosted: Hosted, false_alarms: float) -> tuple[Effect, dict[str, int]]:
+        """What another budget would mean, on calibration images and for recent inspections.
+
+        Returns:
+            The effect, and of the recent inspections by this version: how many there are (`inspections`), and how many
+            would be judged anomalous instead of good (`more`), or good instead of anomalous (`fewer`).
+
+        Raises:
+            ConfigError: no rate above 0 and below 1.
+        """
+        version = hosted.current
+        effect = version.effect(false_alarms)
+        recent = [one for one in self.history.latest(RECENT, model=hosted.name) if one.version == version.number]
+        flagged = [one.anomaly_score > effect.threshold for one in recent]
+        changed = [(was.is_anomalous, now) for was, now in zip(recent, flagged, strict=True)]
+        return effect, {
+            "inspections": len(recent),
+            "more": changed.count((False, True)),
+            "fewer": changed.count((True, False)),
+        }
+
+    async def apply_budget(self, hosted: Hosted, false_alarms: float) -> None:
+        """Judge by another budget from now on, also after a restart; raises as `effect`."""
+        version = hosted.current
+        # Between two batches: no batch is judged half by one, half by the other.
+        await asyncio.get_running_loop().run_in_executor(self._network, version.apply_budget, false_alarms)
+        await self.in_thread(lambda: self.history.keep_setting(_budget(version), false_alarms))
+
+    async def reload(self, hosted: Hosted) -> bool:
+        """As `Hosted.reload`."""
+        new = await hosted.reload(self.in_thread)
+        self.measures.version(hosted.name, hosted.current.number)
+        return new
+
+    def roll_back(self, hosted: Hosted) -> None:
+        """As `Hosted.roll_back`."""
+        hosted.roll_back()
+        self.measures.version(hosted.name, hosted.current.number)
+
+    def _recall(self, version: Version) -> None:
+        """What was set or seen of this version before a restart."""
+        if (false_alarms := self.history.setting(_budget(version))) is not None:
+            version.apply_budget(false_alarms)
+        state = self.history.setting(_drift(version))
+        if version.monitor and state:
+            with suppress(DataError):  # of other code or another window: it starts afresh
+                version.monitor.restore(state)
+
+    def _keep_drift(self, version: Version) -> None:
+        if version.monitor:
+            self.history.keep_setting(_drift(version), version.monitor.state())
+
+    async def close(self) -> None:
+        """Finish what was begun; then end threads and processes."""
+        for hosted in self.models.values():
+            await hosted.close()
+            await self.in_thread(lambda version=hosted.current: self._keep_drift(version))  # type: ignore[misc]
+        self._network.shutdown()
+        self._threads.shutdown()
+        self._decoders.close()
+        self.history.close()
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Results of all; the first failure cancels the others and is raised by itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def shown(name: str) -> str:
+    """A client's file name as it may be shown: its last part, printable, at most 255 characters."""
+    plain = re.split(r"[/\\]", name)[-1]
+    return "".join(one if one.isprintable() else "?" for one in plain)[:255] or "unnamed"
+
+
+def _named(models: Sequence[Path]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for folder in models:
+        name = folder.resolve().name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ConfigError(
+                f"Expected a model folder with a name of letters, digits, '.', '_' and '-', found {name!r}; rename it."
+            )
+        if name in named:
+            raise ConfigError(f"Expected models of different names, found two called {name}; rename one of them.")
+        named[name] = folder
+    return named
+
+
+def _budget(version: Version) -> str:
+    return f"false-alarms {version.digest}"
+
+
+def _drift(version: Version) -> str:
+    return f"drift {version.digest}"
+
+
+def _inspection(answer: Answer, request_id: str) -> Inspection:
+    assert answer.inspected
+    assert answer.decoded
+    prediction, version = answer.inspected.prediction, answer.inspected.version
+    assert prediction.p_value is not None
+    assert prediction.is_anomalous is not None
+    assert prediction.threshold is not None
+    return Inspection(
+        time=datetime.now(UTC),
+        request_id=request_id,
+        file=answer.file,
+        model=version.name,
+        version=version.number,
+        anomaly_score=prediction.anomaly_score,
+        p_value=prediction.p_value,
+        is_anomalous=prediction.is_anomalous,
+        threshold=prediction.threshold,
+        false_alarms=answer.inspected.false_alarms,
+        height=answer.decoded.size[0],
+        width=answer.decoded.size[1],
+        regions=[asdict(region) for region in prediction.regions],
+        photo=photo_statistics(prediction.image)._asdict(),
+    )

@@ -1,0 +1,171 @@
+"""`ddad serve` as a process: what it refuses, how it ends. pytest tests/test_serve.py"""
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from serving import Server, serving
+from tiny import photo, train_model, write_photos
+
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+
+import httpx
+import psutil
+
+TOKEN = "a token of twenty-six chars"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    place = tmp_path_factory.mktemp("serve")
+    return train_model(write_photos(place / "good", range(40)), place / "tile")
+
+
+def png(seed=100):
+    buffer = io.BytesIO()
+    Image.fromarray(photo(seed)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def refused(*arguments, **environment):
+    command = [sys.executable, "-m", "ddad.cli", "serve", *map(str, arguments)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=60
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_mistakes_end_in_a_sentence(model, tmp_path):
+    history = ("--history", tmp_path / "history")
+    assert refused(tmp_path / "none", *history, "--port", 0).startswith(
+        "Error: Expected a model folder with a detector"
+    )
+    assert refused(model, *history, "--host", "0.0.0.0", "--port", 0) == (
+        "Error: Expected a token for an address that others can reach, found none for 0.0.0.0; give --token-file or "
+        "set DDAD_TOKEN, or listen on 127.0.0.1."
+    )
+    assert refused(model, *history, "--port", 0, DDAD_TOKEN="short").startswith(
+        "Error: Expected a token of at least 16"
+    )
+    assert refused(model, *history, "--token-file", tmp_path / "none").startswith("Error: Expected a token in ")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = refused(model, *history, "--port", taken.getsockname()[1])
+    assert said.startswith("Error: Expected a free address, found that 127.0.0.1:")
+
+
+def test_a_token_from_a_file(model, tmp_path):
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    with serving([model], tmp_path / "history", "--token-file", str(tmp_path / "token")) as server:
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        assert httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+        code, log = server.stop()
+    assert code == 0
+    assert TOKEN not in log
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert [line["status"] for line in lines if line["message"] == "request"] == [401, 200]
+    assert all(len(line["request_id"]) == 32 for line in lines if line["message"] == "request")
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_begun_is_finished(model, tmp_path, ending):
+    answers = []
+
+    def ask(server):
+        with httpx.Client(timeout=60) as client:
+            while True:
+                try:
+                    answer = client.post(f"{server.url}/v1/inspect", files=[("file", ("a.png", png()))] * 4)
+                except httpx.TransportError:
+                    return
+                answers.append(answer)
+
+    with serving([model], tmp_path / "history", "--rate", "100000") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        threads = [threading.Thread(target=ask, args=[server]) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        code, _ = server.stop(ending)
+        for thread in threads:
+            thread.join()
+    assert code == 0
+    assert children
+    psutil.wait_procs(children, 10)
+    assert not any(child.is_running() for child in children)
+    assert answers
+    assert {answer.status_code for answer in answers} == {200}
+    ids = [result["inspection"]["id"] for answer in answers for result in answer.json()["results"]]
+    with serving([model], tmp_path / "history") as server:
+        kept, before = [], ""
+        while page := httpx.get(f"{server.url}/v1/inspections?count=200{before}").json():
+            kept += [one["id"] for one in page]
+            before = f"&before={kept[-1]}"
+    assert sorted(kept) == sorted(ids)  # none lost, none doubled
+
+
+def test_a_kill_leaves_a_sound_history_and_no_processes(model, tmp_path):
+    server = Server([model], tmp_path / "history")
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    found = httpx.post(f"{server.url}/v1/inspect", files={"file": ("a.png", png())}).json()["results"][0]["inspection"]
+    server.stop(signal.SIGKILL)
+    psutil.wait_procs(children, 10)
+    assert not any(child.is_running() for child in children)
+    with serving([model], tmp_path / "history") as server:
+        assert httpx.get(f"{server.url}/v1/inspections").json() == [found]
+        assert httpx.get(f"{server.url}{found['pictures']['overlay']}").status_code == 200
+
+
+def test_a_client_that_goes_away_cancels_its_work(model, tmp_path):
+    with serving([model], tmp_path / "history", "--max-batch", "1") as server:
+        gone = 40
+        for _ in range(gone):
+            host, port = server.address.split(":")
+            with socket.create_connection((host, int(port))) as connection:
+                content = png()
+                head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+                body = head + content + b"\r\n--x--\r\n"
+                connection.sendall(
+                    b"POST /v1/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                    + f"Content-Length: {len(body)}\r\n\r\n".encode()
+                    + body
+                )
+        answer = httpx.post(f"{server.url}/v1/inspect", files={"file": ("a.png", png())}, timeout=60)
+        assert answer.status_code == 200
+        text = httpx.get(f"{server.url}/metrics").text
+    inspected = float(text.split("ddad_batch_size_sum ")[1].split()[0])
+    assert inspected < gone  # most were given up while they waited
+    assert 'status="499"' in text
+
+
+def test_a_body_that_is_too_long_is_cut_off(model, tmp_path):
+    with serving([model], tmp_path / "history", "--max-request", "100kB") as server:
+        host, port = server.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(
+                b"POST /v1/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n"
+            )
+            sent = 0
+            head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+            connection.sendall(f"{len(head):x}\r\n".encode() + head + b"\r\n")
+            try:
+                while sent < 100_000_000:
+                    connection.sendall(b"10000\r\n" + b"0" * 0x10000 + b"\r\n")
+                    sent += 0x10000
+            except OSError:
+                pass
+        assert sent < 50_000_000
+        assert httpx.get(f"{server.url}/v2/health/ready").status_code == 200
