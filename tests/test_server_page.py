@@ -35,10 +35,27 @@ except ModuleNotFoundError:
     sync_playwright = None
 
 CHROMIUM = shutil.which("chromium")
-CHROMIUM_OPTIONS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --use-fake-device-for-media-stream"
-).split()
+CHROMIUM_OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-device-for-media-stream",
+]
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-device-for-media-stream",
+]
 TOKEN = "a token of twenty-six chars"
 HERE = "http://127.0.0.1"
 WIDE, NARROW = (1280, 900), (390, 844)
@@ -300,13 +317,6 @@ def test_login_sets_a_cookie_that_scripts_cannot_read(serve, model):
     assert "; Secure" in secure.headers["set-cookie"]
 
 
-def test_a_part_of_the_page_asked_for_without_a_token_leads_to_login(serve, model):
-    client = serve(model, guard=GuardSettings(token=TOKEN, rate=1e6))
-    answer = client.get("/page/gallery", headers={"accept": "text/html, */*", "hx-request": "true"})
-    assert answer.headers["hx-redirect"] == "/login"
-    assert answer.text == ""
-
-
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +429,7 @@ def test_photographs_are_inspected_and_judged_in_words(visit):
     expect(heading(page)).to_have_text(re.compile(r"^Anomalous: \d+ regions?$"))
     expect(page.locator("#announce")).to_have_text(re.compile("^Anomalous"))
     expect(page.locator(".verdict p")).to_have_text(re.compile(r"^None of \d+ good calibration parts scored this high"))
-    expect(page.locator("article .line")).to_contain_text("bad part.png")
+    expect(page.locator("article dl")).to_contain_text("bad part.png")
     expect(page.locator("#busy")).to_be_empty()
     assert page.locator(".boxes > .line").count() == page.locator("article tbody tr").count() > 0
     good = page.locator("#gallery a", has=page.get_by_alt_text("Overlay of good part.png")).first
@@ -435,7 +445,7 @@ def test_photographs_are_inspected_and_judged_in_words(visit):
 def test_photographs_are_dropped_and_pasted(visit):
     page = visit().open()
     page.set_input_files("#file", [file("chosen.png", BAD)])
-    expect(page.locator("article .line")).to_contain_text("chosen.png")
+    expect(page.locator("article dl")).to_contain_text("chosen.png")
     make = """([bytes, names]) => {
         const carrier = new DataTransfer();
         for (const name of names) carrier.items.add(new File([Uint8Array.from(bytes)], name, { type: "image/png" }));
@@ -450,7 +460,7 @@ def test_photographs_are_dropped_and_pasted(visit):
         '(data) => document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }))',
         pasted,
     )
-    expect(page.locator("article .line")).to_contain_text("pasted.png")
+    expect(page.locator("article dl")).to_contain_text("pasted.png")
     for name in ("a", "b", "pasted", "chosen"):
         expect(page.get_by_alt_text(f"Overlay of {name}.png", exact=True)).to_have_count(1)
     expect(heading(page)).to_have_text("No defect found")
@@ -463,7 +473,7 @@ def test_a_photograph_from_the_camera(visit):
     expect(shoot).to_be_focused()
     page.locator("#live").evaluate("(live) => live.videoWidth || new Promise((done) => { live.onresize = done; })")
     shoot.click()
-    expect(page.locator("article .line")).to_contain_text(re.compile(r"photograph \S+\.png"))
+    expect(page.locator("article dl")).to_contain_text(re.compile(r"photograph \S+\.png"))
     page.get_by_role("button", name="Close camera").click()
     expect(page.locator("#live")).to_be_hidden()
 
@@ -586,10 +596,10 @@ def test_a_file_that_is_no_photograph_gets_a_sentence(visit):
     expect(alert).to_have_text(re.compile(r"^notes\.png: expected a PNG, JPEG, BMP, TIFF or WebP image, but "))
     visiting.expected("422")
     page.set_input_files("#file", [file("part.png", BAD), file("empty.png", b" ")])
-    expect(page.locator("article .line")).to_contain_text("part.png")
+    expect(page.locator("article dl")).to_contain_text("part.png")
     expect(alert).to_have_text(re.compile(r"^empty\.png: "))
     page.set_input_files("#file", [file("next.png")])
-    expect(page.locator("article .line")).to_contain_text("next.png")
+    expect(page.locator("article dl")).to_contain_text("next.png")
     expect(alert).to_be_empty()
 
 
@@ -606,7 +616,7 @@ def test_refusals_and_silence_are_said(visit):
     visiting.problems.clear()
     visiting.context.set_offline(False)
     page.set_input_files("#file", [file("b.png")])
-    expect(page.locator("article .line")).to_contain_text("b.png")
+    expect(page.locator("article dl")).to_contain_text("b.png")
 
 
 def test_the_report_is_one_file(visit, server, tmp_path, browser):
@@ -646,7 +656,7 @@ def test_login(browser, model, tmp_path):
     visiting.context.clear_cookies()
     page.locator("#gallery a").click()
     page.wait_for_url("**/login")
-    assert visiting.problems == []
+    visiting.expected("401")
     visiting.context.close()
     server.stop()
 

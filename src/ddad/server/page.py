@@ -140,7 +140,7 @@ async def gallery(
 
 
 @page.get("/page/budget")
-async def budget(request: Request, percent: str, model: ModelName = None) -> Response:
+async def budget(request: Request, percent: str = "", model: ModelName = None) -> Response:
     """What another false-alarm budget would change. Changes nothing."""
     station = station_of(request)
     hosted, rate = hosted_model(station, model), _rate(percent)
@@ -149,7 +149,7 @@ async def budget(request: Request, percent: str, model: ModelName = None) -> Res
 
 
 @page.post("/page/budget")
-async def apply_budget(request: Request, percent: Annotated[str, Form()], model: ModelName = None) -> Response:
+async def apply_budget(request: Request, percent: Annotated[str, Form()] = "", model: ModelName = None) -> Response:
     """Judge by another budget from now on."""
     station = station_of(request)
     hosted = hosted_model(station, model)
@@ -191,8 +191,6 @@ async def login(request: Request) -> Response:
     """Ask for the token."""
     if _guard(request).token is None:
         return RedirectResponse("/", 303)
-    if "hx-request" in request.headers:  # a part of the page was asked for after the token has changed
-        return Response(headers={"hx-redirect": "/login"})
     return _login_form()
 
 

@@ -29,7 +29,7 @@ PICTURES = ("photo", "heatmap", "overlay", "reconstruction")
 RECENT = 200
 """Inspections that the effect of another budget is shown on."""
 _KEEP_DRIFT_EVERY = 10
-_JPEG = ("photo", "overlay")  # as large as the photograph; the others are as large as the model's images
+_JPEG = ("overlay", "reconstruction")  # a PNG of these takes many times as long and as much room
 Result = TypeVar("Result")
 
 

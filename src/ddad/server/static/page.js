@@ -106,6 +106,7 @@ function complain(event, sentence) {
 
 document.addEventListener("htmx:responseError", (event) => {
   const { status, responseText } = event.detail.xhr;
+  if (status === 401) location.assign("/login"); // the token has changed
   let sentence = `The server answered with status ${status}; try again.`;
   try {
     sentence = JSON.parse(responseText).error ?? sentence;
