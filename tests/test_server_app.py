@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,7 +24,6 @@ from ddad import Detector
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.refit import recalibrate
 from ddad.server.app import create_app
-from ddad.server.batching import BatchSettings
 from ddad.server.guard import COOKIE, GuardSettings
 from ddad.server.station import Station, StationSettings, shown
 
@@ -458,14 +458,18 @@ def slow(client, seconds):
 
 
 def test_a_full_queue_says_when_to_come_again(serve, model):
-    client = serve(model, batches=BatchSettings(max_batch=1, max_queue=1))
-    slow(client, 1.0)
-    response = inspect(client, *[GOOD] * 6)
-    assert response.status_code == 429
-    assert int(response.headers["retry-after"]) >= 1
-    assert response.json()["error"] == "Expected room in the queue, found it full; try again later."
-    assert one(inspect(client, GOOD))["is_anomalous"] is False
-    assert len(client.get("/v1/inspections").json()) == 1  # nothing of the refused request was kept
+    client = serve(model, most_waiting=5)
+    assert len(inspect(client, *[GOOD] * 5).json()["results"]) == 5
+    slow(client, 1.5)
+    with ThreadPoolExecutor(1) as elsewhere:
+        first = elsewhere.submit(inspect, client, *[GOOD] * 4)
+        time.sleep(0.5)
+        refused, taken = inspect(client, GOOD, BAD), inspect(client, BAD)
+        assert first.result().status_code == taken.status_code == 200
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"] == "Expected room in the queue, found it full; try again later."
+    assert len(client.get("/v1/inspections").json()) == 10  # nothing of the refused request was kept
 
 
 def test_a_deadline(serve, model):

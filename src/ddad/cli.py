@@ -446,7 +446,7 @@ def serve(
     ] = 2 << 30,
     max_batch: Annotated[int, typer.Option(min=1, help="Photographs inspected together; scores stay.")] = 8,
     max_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that a photograph waits for others.")] = 5.0,
-    max_queue: Annotated[int, typer.Option(min=1, help="Photographs that may wait; more are refused.")] = 256,
+    max_queue: Annotated[int, typer.Option(min=1, help="Photographs that may be inside; more are refused.")] = 256,
     max_files: Annotated[int, typer.Option(min=1, help="Photographs a request.")] = 32,
     max_request: Annotated[
         int, typer.Option(parser=_size, metavar="SIZE", show_default="64MB", help="Of a request's body.")

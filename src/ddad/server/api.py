@@ -12,10 +12,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from ddad.images import encode_png
-from ddad.server.batching import QueueFull, TooLate
 from ddad.server.history import Inspection
 from ddad.server.hosting import Hosted
-from ddad.server.station import Answer, Station, Upload
+from ddad.server.station import Answer, Station, StationFull, TooLate, Upload
 
 Result = TypeVar("Result")
 MOST_FILES = 32
@@ -163,7 +162,7 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """Wait for the work; stop it when the client goes away.
 
     Raises:
-        HTTPException: the client is gone; the queue is full; the deadline passed.
+        HTTPException: the client is gone, the station is full, or the deadline passed.
     """
 
     async def gone() -> None:
@@ -176,30 +175,34 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
         if not task.done():
             raise HTTPException(GONE, "The client went away.")
         return task.result()
-    except QueueFull as full:
-        station_of(request).measures.refused.labels("queue").inc()
-        raise HTTPException(
-            429,
-            "Expected room in the queue, found it full; try again later.",
-            {"Retry-After": f"{full.retry_after:.0f}"},
-        ) from None
+    except StationFull as full:
+        retry = {"Retry-After": f"{full.retry_after:.0f}"}
+        raise HTTPException(429, "Expected room in the queue, found it full; try again later.", retry) from None
     except TooLate:
-        station_of(request).measures.refused.labels("deadline").inc()
         seconds = station_of(request).settings.deadline
-        raise HTTPException(
-            503, f"Expected a result within {seconds:g} s, found none; try again later.", {"Retry-After": "1"}
-        ) from None
+        sentence = f"Expected a result within {seconds:g} s, found none; try again later."
+        raise HTTPException(503, sentence, {"Retry-After": "1"}) from None
     finally:
         for one in (task, leaving):
             one.cancel()
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def uploads_of(request: Request, files: list[UploadFile]) -> list[Upload]:
-    most = request.app.state.max_files
+async def inspected(request: Request, hosted: Hosted, files: list[UploadFile]) -> list[Answer]:
+    """What becomes of uploaded files; raises HTTPException where there is no answer to the request as a whole."""
+    most, station = request.app.state.max_files, station_of(request)
     if len(files) > most:
         raise HTTPException(413, f"Expected at most {most} files a request, found {len(files)}; send fewer.")
-    return [Upload(file.filename or "", await file.read()) for file in files]
+
+    async def work() -> list[Answer]:
+        async with station.places(hosted, len(files)):
+            uploads = [Upload(file.filename or "", await file.read()) for file in files]
+            return await station.inspect(hosted, uploads, request.state.request_id)
+
+    answers = await unless_gone(request, work())
+    if not any(answer.inspection for answer in answers):
+        raise HTTPException(422, " ".join(answer.error or "" for answer in answers))
+    return answers
 
 
 @api.post("/inspect", response_model_exclude_defaults=False)
@@ -210,12 +213,7 @@ async def inspect(
     pictures: Annotated[list[PictureKind], Query(description="Also send these, as PNG in base64.")] = [],  # noqa: B006
 ) -> InspectAnswer:
     """Inspect one or more photographs. A file that is none gets a sentence, and the others are inspected."""
-    station = station_of(request)
-    hosted = hosted_model(station, model)
-    uploads = await uploads_of(request, file)
-    answers = await unless_gone(request, station.inspect(hosted, uploads, request.state.request_id))
-    if not any(answer.inspection for answer in answers):
-        raise HTTPException(422, " ".join(answer.error or "" for answer in answers))
+    answers = await inspected(request, hosted_model(station_of(request), model), file)
     results = [await _result(request, answer, pictures) for answer in answers]
     version = next(answer.inspected.version for answer in answers if answer.inspected)
     return InspectAnswer(

@@ -2,8 +2,7 @@
 
 A batch is what waits when the network gets free: at most `max_batch` items, and while there are fewer it waits for
 others until the oldest has waited `max_wait` seconds. So a lone request is delayed by no more than that, and under
-load the batches fill by themselves. Nobody waits in vain: what is cancelled or too late leaves the queue, and a full
-queue refuses at once and says when to come again.
+load the batches fill by themselves. What is cancelled while it waits leaves the queue, and the network never sees it.
 """
 
 import asyncio
@@ -18,27 +17,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class QueueFull(Exception):
-    """There are `max_queue` items already."""
-
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(retry_after)
-        self.retry_after = retry_after
-        """Seconds in which the queue will have been worked off, as measured."""
-
-
-class TooLate(Exception):
-    """The deadline passed before there was a result."""
-
-
 @dataclass(frozen=True)
 class BatchSettings:
     max_batch: int = 8
     """Items that go through the network together; 1: no batching."""
     max_wait: float = 0.005
     """Seconds that the first item of a batch waits for others."""
-    max_queue: int = 256
-    """Items that may wait."""
 
 
 @dataclass(eq=False)
@@ -68,40 +52,31 @@ class Batcher(Generic[Item, Result]):
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._changed = asyncio.Event()
         self._closing = False
-        self._seconds_an_item = 0.0
+        self.seconds_an_item = 0.0
+        """What one item of the last batch took."""
         self._task: asyncio.Task[None] | None = None  # begun with the first item, since only then there is a loop
 
     def __len__(self) -> int:
         """Items that wait."""
         return len(self._queue)
 
-    async def submit(self, item: Item, seconds: float | None = None) -> Result:
+    async def submit(self, item: Item) -> Result:
         """The result for one item.
 
-        Args:
-            seconds: the deadline, from now.
-
         Raises:
-            QueueFull: too many wait.
-            TooLate: the deadline passed.
             RuntimeError: the batcher is closed.
         """
         if self._closing:
             raise RuntimeError("the batcher is closed")
-        if len(self._queue) >= self._settings.max_queue:
-            raise QueueFull(max(1.0, len(self._queue) * self._seconds_an_item))
         if self._task is None:
             self._task = asyncio.create_task(self._work())
         waiting: _Waiting[Item, Result] = _Waiting(item, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._changed.set()
         try:
-            async with asyncio.timeout(seconds):
-                return await waiting.future
-        except TimeoutError:
-            raise TooLate from None
+            return await waiting.future
         finally:
-            if waiting in self._queue:  # cancelled or too late
+            if waiting in self._queue:  # cancelled
                 self._queue.remove(waiting)
 
     async def close(self) -> None:
@@ -123,7 +98,7 @@ class Batcher(Generic[Item, Result]):
                     if not waiting.future.done():
                         waiting.future.set_exception(error)
                 continue
-            self._seconds_an_item = (time.monotonic() - started) / len(batch)
+            self.seconds_an_item = (time.monotonic() - started) / len(batch)
             for waiting, result in zip(batch, results, strict=True):
                 if not waiting.future.done():
                     waiting.future.set_result(result)

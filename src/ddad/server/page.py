@@ -22,9 +22,8 @@ from ddad.server.api import (
     ModelName,
     facts,
     hosted_model,
+    inspected,
     station_of,
-    unless_gone,
-    uploads_of,
 )
 from ddad.server.guard import COOKIE, GuardSettings, same
 from ddad.server.history import Inspection
@@ -90,12 +89,9 @@ async def inspect(
     """Inspect photographs: the view of the last one, the gallery, and a sentence a file that is no photograph."""
     station = station_of(request)
     hosted = hosted_model(station, model)
-    uploads = await uploads_of(request, file)
-    answers = await unless_gone(request, station.inspect(hosted, uploads, request.state.request_id))
+    answers = await inspected(request, hosted, file)
     errors = [answer.error for answer in answers if answer.error]
     found = [answer.inspection for answer in answers if answer.inspection]
-    if not found:
-        raise HTTPException(422, " ".join(errors))
 
     def render() -> Response:
         return _render(
@@ -370,7 +366,7 @@ def _distribution(scores: Sequence[float], threshold: float, score: float) -> di
     low, high = min(*scores, threshold, score), max(*scores, threshold, score)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    logarithmic = low > 0 and high / low > WIDELY
+    logarithmic = bool(low > 0 and high / low > WIDELY)
 
     def place(value: Any) -> Any:
         share = np.log(value / low) / np.log(high / low) if logarithmic else (value - low) / (high - low)

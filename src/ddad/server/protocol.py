@@ -146,7 +146,13 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     wanted = [one.name for one in asked.outputs or ()] or list(BY_DEFAULT)
     if unknown := [one for one in wanted if one not in OUTPUTS]:
         raise HTTPException(400, f"Expected outputs among {', '.join(OUTPUTS)}, found {unknown[0][:80]!r}.")
-    answers = await unless_gone(request, station_of(request).predict(hosted, photographs))
+    station = station_of(request)
+
+    async def work() -> list[Answer]:
+        async with station.places(hosted, len(photographs)):
+            return await station.predict(hosted, photographs)
+
+    answers = await unless_gone(request, work())
     if errors := [answer.error for answer in answers if answer.error]:
         raise HTTPException(400, errors[0])
     assert answers[0].inspected

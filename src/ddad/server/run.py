@@ -46,7 +46,7 @@ class Options:
     history_bytes: int = StationSettings.history_bytes
     max_batch: int = BatchSettings.max_batch
     max_wait: float = BatchSettings.max_wait
-    max_queue: int = BatchSettings.max_queue
+    max_queue: int = StationSettings.most_waiting
     max_files: int = 32
     max_bytes: int = GuardSettings.max_bytes
     max_pixels: int = Limits.max_pixels
@@ -82,15 +82,16 @@ def serve_forever(models: Sequence[Path], options: Options) -> None:
         StationSettings(
             history=options.history,
             history_bytes=options.history_bytes,
-            batches=BatchSettings(options.max_batch, options.max_wait, options.max_queue),
+            batches=BatchSettings(options.max_batch, options.max_wait),
             decoding=replace(Limits(), max_pixels=options.max_pixels),
             workers=options.workers,
+            most_waiting=options.max_queue,
             deadline=options.deadline,
         ),
         LoadSettings(options.fast, options.backend, options.precision, options.device),
     )
     config = uvicorn.Config(
-        create_app(station, guard, options.max_files),
+        create_app(station, guard, min(options.max_files, options.max_queue)),
         log_config=None,
         log_level="warning",
         access_log=False,  # the guard writes one with request ids

@@ -2,9 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
@@ -33,6 +33,19 @@ _JPEG = ("overlay", "reconstruction")  # a PNG of these takes many times as long
 Result = TypeVar("Result")
 
 
+class StationFull(Exception):
+    """There are `most_waiting` photographs inside already."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+        """Seconds in which these will be done, as measured."""
+
+
+class TooLate(Exception):
+    """The deadline passed before there was a result."""
+
+
 @dataclass(frozen=True)
 class StationSettings:
     history: Path = Path("ddad-history")
@@ -42,8 +55,10 @@ class StationSettings:
     decoding: Limits = field(default_factory=Limits)
     workers: int = 2
     """Processes that decode, and threads that draw and store."""
+    most_waiting: int = 256
+    """Photographs that may be inside, waiting or at work."""
     deadline: float = 30.0
-    """Seconds a photograph may take from its arrival to its result."""
+    """Seconds a request may take from its arrival to its result."""
 
 
 class Upload(NamedTuple):
@@ -84,6 +99,7 @@ class Station:
         self.settings = settings
         self.measures = Measures()
         self.started = datetime.now(UTC)
+        self._inside = 0
         named = _named(models)
         self._network = ThreadPoolExecutor(1, "network")  # one batch at a time, whatever the model
         self._threads = ThreadPoolExecutor(settings.workers + 2, "station")
@@ -121,14 +137,31 @@ class Station:
 
     # -- inspection ----------------------------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def places(self, hosted: Hosted, count: int) -> AsyncIterator[None]:
+        """Room for so many photographs, from before they are read until there is an answer, and no longer than allowed.
+
+        Raises:
+            StationFull: too many are inside.
+            TooLate: the deadline passed.
+        """
+        if self._inside + count > self.settings.most_waiting:
+            self.measures.refused.labels("queue").inc()
+            raise StationFull(max(1.0, self._inside * hosted.current.batcher.seconds_an_item))
+        self._inside += count
+        try:
+            async with asyncio.timeout(self.settings.deadline):
+                yield
+        except TimeoutError:
+            self.measures.refused.labels("deadline").inc()
+            raise TooLate from None
+        finally:
+            self._inside -= count
+
     async def inspect(self, hosted: Hosted, uploads: Sequence[Upload], request_id: str) -> list[Answer]:
         """Inspect files and remember what was found; one that is no photograph gets a sentence, the others go on.
 
         When this is cancelled, what still waits leaves the queue, and nothing is remembered.
-
-        Raises:
-            batching.QueueFull: too many wait.
-            batching.TooLate: the deadline passed.
         """
         version = hosted.current
         answers = await _together(self._one(version, upload) for upload in uploads)
@@ -153,7 +186,7 @@ class Station:
             self.measures.refused.labels("file").inc()
             return Answer(name, error=str(error))
         photo = Photo(name, decoded.image, decoded.size)
-        inspected = await version.batcher.submit(photo, self.settings.deadline)
+        inspected = await version.batcher.submit(photo)
         return Answer(name, inspected=inspected, decoded=decoded)
 
     def _timed(self, stage: str, call: Callable[[], Result]) -> Result:

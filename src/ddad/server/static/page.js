@@ -126,8 +126,11 @@ document.addEventListener("htmx:oobBeforeSwap", (event) => {
 // -- the view ---------------------------------------------------------------------------------------------------------
 
 const view = find("#view");
+let kind = "reconstruction"; // stays from one inspection to the next
 
 function arrange() {
+  const wanted = find(`#kinds [value=${kind}]`);
+  if (wanted) wanted.checked = true;
   const { width, height } = find(".compare", view)?.dataset ?? {};
   if (width) view.style.setProperty("--ratio", width / height);
   const shown = find("article", view)?.dataset.id;
@@ -140,6 +143,9 @@ function arrange() {
   }
 }
 
+document.addEventListener("change", (event) => {
+  if (event.target.name === "kind") kind = event.target.value;
+});
 document.addEventListener("htmx:load", arrange);
 document.addEventListener("htmx:afterSwap", (event) => {
   if (event.detail.target === view) find("#announce").textContent = find("h2", view).textContent;
