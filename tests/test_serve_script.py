@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tiny import train_model, write_photos
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")

@@ -2,12 +2,8 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serving import Server, serving
 from tiny import photo, train_model, write_photos
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
@@ -317,31 +314,6 @@ def test_login_sets_a_cookie_that_scripts_cannot_read(serve, model):
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """`ddad serve` as a process of its own."""
-
-    def __init__(self, models, folder, **environment):
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "ddad.cli", "serve", *map(str, models)),
-                    *("--port", "0", "--history", str(folder / "history"), "--rate", "1000"),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            )
-        said = self.process.stdout.readline()
-        self.url = re.search(r"http://[\d.:]+\d", said)[0] if said else None
-        assert self.url, (folder / "log").read_text()
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
-        self.process.stdout.close()
-
-
 @pytest.fixture(scope="module")
 def browser():
     if sync_playwright is None:
@@ -360,9 +332,8 @@ def server(browser, model, tmp_path_factory):
     place = tmp_path_factory.mktemp("serving")
     names = ("budget", "paging", "keys", "filter", "drift")
     copies = [shutil.copytree(model, place / name) for name in names]
-    server = Server([model, *copies], place)
-    yield server
-    server.stop()
+    with serving([model, *copies], place / "history", "--rate", "1000") as server:
+        yield server
 
 
 class Visit:
@@ -649,7 +620,7 @@ def test_the_report_is_one_file(visit, server, tmp_path, browser):
 
 
 def test_login(browser, model, tmp_path):
-    server = Server([model], tmp_path, DDAD_TOKEN=TOKEN)
+    server = Server([model], tmp_path / "history", DDAD_TOKEN=TOKEN)
     visiting = Visit(browser, server.url)
     page = visiting.open()
     assert page.url == f"{server.url}/login"
