@@ -21,10 +21,13 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 from fastapi.testclient import TestClient
 
 from ddad import Detector
+from ddad.detector import check_files
+from ddad.drift import PhotoStatistics
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.refit import recalibrate
 from ddad.server.app import create_app
 from ddad.server.guard import COOKIE, GuardSettings
+from ddad.server.hosting import LoadSettings, Version
 from ddad.server.station import Station, StationSettings, shown
 
 TOKEN = "a token of twenty-six chars"
@@ -299,6 +302,36 @@ def test_a_broken_new_version_leaves_the_old_one(serve, model, tmp_path):
     assert one(inspect(client, GOOD))["version"] == first["version"]
 
 
+def test_a_student_is_checked_and_told_apart(model, tmp_path):
+    shutil.copytree(model, tmp_path / "part")
+    shutil.copytree(model, tmp_path / "part" / "fast")  # a student is a model of its own
+    record = tmp_path / "part" / "fast" / "detector.json"
+    record.write_text(record.read_text().replace('"image_size"', ' "image_size"'))
+    assert check_files(tmp_path / "part", fast=True) != check_files(tmp_path / "part")
+    with (tmp_path / "part" / "fast" / "unet" / "config.json").open("a") as config:
+        config.write(" ")
+    check_files(tmp_path / "part")
+    with pytest.raises(ModelError, match=r"found that unet/config.json differs"):
+        Station([tmp_path / "part"], StationSettings(history=tmp_path / "history"), LoadSettings(fast=True))
+
+
+def test_drift_is_seen_whatever_thread_looks(model):
+    def alarms(threads):
+        version = Version("tile", "0" * 64, Detector.from_pretrained(model), None)
+        seen = []
+
+        def watch(number):
+            version.watch(100.0, PhotoStatistics(250.0, -9.0, 0.9, 0.9))
+            seen.append(bool(version.alarms))
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(watch, range(200)))
+        return seen.index(True), all(seen[60:])
+
+    assert alarms(1) == (49, True)
+    assert alarms(4)[1]
+
+
 def test_requests_go_on_while_a_version_is_swapped(serve, model, tmp_path):
     folder = tmp_path / "part"
     shutil.copytree(model, folder)
@@ -482,6 +515,52 @@ def test_a_deadline(serve, model):
     assert client.get("/v1/inspections").json() == []
 
 
+def test_a_deadline_that_passes_between_verdict_and_answer_is_no_deadline(serve, model):
+    """What is remembered is answered: a client that is told to come again finds nothing doubled."""
+    client = serve(model, deadline=0.8)
+    codes = [inspect(client, *[GOOD] * count).status_code for count in range(4, 20, 3)]
+    answered = sum(count for count, code in zip(range(4, 20, 3), codes, strict=True) if code == 200)
+    assert len(client.get("/v1/inspections", params={"count": 200}).json()) == answered
+
+
+def test_decoding_does_not_hold_up_the_rest(serve, model):
+    client = serve(model, workers=1)
+    buffer = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(buffer, "PNG")
+    with ThreadPoolExecutor(1) as elsewhere:
+        large = elsewhere.submit(inspect, client, *[buffer.getvalue()] * 6)
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert client.get("/v1/inspections").json() == []
+        seconds, was_busy = time.monotonic() - started, not large.done()
+        assert large.result().status_code == 200
+    assert was_busy
+    assert seconds < 1
+
+
+def test_pictures_are_drawn_once_each(client):
+    started = time.monotonic()
+    answer = inspect(client, BAD, params={"pictures": ["overlay"] * 2000})
+    assert time.monotonic() - started < 5
+    assert list(answer.json()["results"][0]["pictures"]) == ["overlay"]
+
+
+def test_a_charset_that_takes_hours_is_refused(client):
+    for kind in ("multipart/form-data; boundary=x; charset=punycode", 'text/plain; Charset="utf-7"'):
+        response = client.post("/login", content=b"--x--", headers={"content-type": kind})
+        assert (response.status_code, "another charset" in response.text) == (400, True)
+    form = {"content-type": "application/x-www-form-urlencoded; charset=UTF-8"}
+    assert client.post("/login", content=b"token=x", headers=form, follow_redirects=False).status_code == 303
+    assert client.post("/login", content=b"token=" + b"x" * 20_000, headers=form).status_code == 413
+
+
+def test_bodies_that_are_too_many_together(serve, model):
+    client = serve(model, guard=GuardSettings(max_inside=10_000, rate=1e6))
+    assert inspect(client, GOOD).status_code == 200
+    assert inspect(client, GOOD, b"0" * 10_000).status_code == 429
+    assert inspect(client, GOOD).status_code == 200  # what is answered no longer counts
+
+
 # -- who may enter -----------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +581,33 @@ def test_a_token_is_asked_for(serve, model):
     assert client.get("/metrics").status_code == 401
     page = client.get("/", headers={"accept": "text/html"}, follow_redirects=False)
     assert (page.status_code, page.headers["location"]) == (303, "/login")
+
+
+def test_cookies_of_other_programs_lock_nobody_out(serve, model):
+    guard = GuardSettings(token=TOKEN, rate=1e6)
+    client = serve(model, guard=guard)
+    for others in ('prefs={"a": 1}', "x", "a/b=1", "="):
+        cookie = f"{others}; {COOKIE}={guard.session}"
+        assert client.get("/v1/models", headers={"cookie": cookie}).status_code == 200, others
+
+
+def test_a_slow_rate_lets_in_one_at_a_time(serve, model):
+    client = serve(model, guard=GuardSettings(rate=0.4))
+    assert [client.get("/v1/models").status_code for _ in range(2)] == [200, 429]
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://a:b:c"])
+def test_an_origin_that_is_none(client, origin):
+    assert inspect(client, GOOD, headers={"origin": origin}).status_code == 403
+
+
+def test_invented_methods_are_counted_together(client):
+    for method in ("FOO1", "FOO2"):
+        assert client.request(method, "/").status_code == 405
+    text = client.get("/metrics").text
+    assert "FOO" not in text
+    assert 'method="other"' in text
+    assert client.head("/").status_code == 200
 
 
 def test_a_short_token_is_refused():

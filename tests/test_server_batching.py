@@ -32,7 +32,6 @@ def run(network, scenario, **settings):
                 return await asyncio.wait_for(scenario(batcher), 20)
             finally:
                 network.gate.set()
-                await batcher.close()
 
     return asyncio.run(main())
 
@@ -151,22 +150,35 @@ def test_a_failing_batch_fails_its_own_items_only():
     assert str(failed) == "thirteen"
 
 
-def test_closing_finishes_what_waits_and_takes_nothing_more():
+def test_an_unused_batcher_leaves_no_task_behind():
+    async def scenario(batcher):
+        assert await batcher.submit(3) == 9
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == {asyncio.current_task(), *main_task}
+        assert await batcher.submit(4) == 16
+
+    main_task = []
+
+    async def main():
+        main_task.append(asyncio.current_task())
+        with ThreadPoolExecutor(1) as executor:
+            await asyncio.create_task(scenario(Batcher(Network(), executor, BatchSettings())))
+
+    asyncio.run(main())
+
+
+def test_when_all_have_left_the_network_is_left_alone():
     network = Network()
 
     async def scenario(batcher):
-        network.gate.clear()
-        tasks = [asyncio.create_task(batcher.submit(i)) for i in range(5)]  # two batches, and one that waits for more
+        alone = asyncio.create_task(batcher.submit(1))
         await asyncio.sleep(0.01)
-        closing = asyncio.create_task(batcher.close())
-        await asyncio.sleep(0.01)
-        with pytest.raises(RuntimeError):
-            await batcher.submit(9)
-        network.gate.set()
-        await closing
-        assert [task.result() for task in tasks] == [0, 1, 4, 9, 16]
+        alone.cancel()
+        await asyncio.sleep(0.3)
+        assert await batcher.submit(2) == 4
 
-    run(network, scenario, max_batch=2, max_wait=60.0)
+    run(network, scenario, max_wait=0.2)
+    assert network.batches == [[2]]
 
 
 def test_waiting_times_are_told():
@@ -176,7 +188,6 @@ def test_waiting_times_are_told():
         with ThreadPoolExecutor(1) as executor:
             batcher = Batcher(Network(), executor, BatchSettings(max_wait=0.1), told.append)
             await asyncio.gather(batcher.submit(1), batcher.submit(2))
-            await batcher.close()
 
     asyncio.run(main())
     assert [len(waited) for waited in told] == [2]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -137,13 +138,16 @@ def body(**changes):
         (body(shape=[4, 4, 3]), "Expected shape [N, height, width, 3] for 'image', found [4, 4, 3]."),
         (body(shape=[1, 4, 4, -3]), "Expected a shape of positive numbers, found [1, 4, 4, -3]."),
         (body(shape=[1, 4, 5, 3]), "Expected 60 whole numbers from 0 to 255, as the shape says, found others."),
-        (body(shape=[10**9, 10**9, 10**9, 3]), "Expected 3000000000"),
         (body(data=[300] * 48), "Expected 48 whole numbers from 0 to 255, as the shape says, found others."),
         (body(data=["a"] * 48), "Expected 48 whole numbers from 0 to 255, as the shape says, found others."),
         (body(data=[[1], [1, 2]]), "Expected 48 whole numbers from 0 to 255, as the shape says, found others."),
         (body(data=None), "Expected data in the input, or binary data behind the request, found neither."),
         (body(parameters={"binary_data_size": 48}), "Expected 0 bytes of binary data, found binary_data_size 48."),
         (body() | {"outputs": [{"name": "x"}]}, "Expected outputs among anomaly_score, p_value, "),
+        (body() | {"outputs": [{"name": "p_value"}] * 2}, "Expected each output once, found one twice; leave it out."),
+        (body(shape=[100, 4, 4, 3]), "Expected 1 to 64 photographs a request, found 100."),
+        (body(shape=[10**400, 4, 4, 3]), "Expected an inference request, found in inputs.0.shape.0: "),
+        (body(shape=[1, 10**5, 10**5, 3]), "Expected at most 50,000,000 pixels a photograph, found "),
         (body(), "input 0: expected sides from "),
     ],
 )
@@ -154,10 +158,27 @@ def test_requests_that_make_no_sense(server, sent, sentence):
     assert response.json()["error"].startswith(sentence)
 
 
+def test_a_body_of_nothing_takes_no_time(server):
+    """A million files of no length are seen to be too many before they are looked at."""
+    head = json.dumps(
+        body(name="file", datatype="BYTES", shape=[60], data=None, parameters={"binary_data_size": 8_000_000})
+    )
+    started = time.monotonic()
+    headers = {"inference-header-content-length": str(len(head))}
+    response = httpx.post(
+        f"{server.url}/v2/models/tile/infer", content=head.encode() + bytes(8_000_000), headers=headers
+    )
+    assert response.status_code == 400
+    assert response.json()["error"] == "Expected 60 files, each behind its length, found other bytes."
+    assert time.monotonic() - started < 5
+
+
 def test_a_binary_length_beyond_the_body(server):
     headers = {"inference-header-content-length": "1000"}
     response = httpx.post(f"{server.url}/v2/models/tile/infer", content=b"{}", headers=headers)
     assert response.json()["error"] == "Expected inference-header-content-length of at most 2 bytes, found '1000'."
+    headers = {"inference-header-content-length": "1" * 5000}
+    assert httpx.post(f"{server.url}/v2/models/tile/infer", content=b"{}", headers=headers).status_code == 400
 
 
 # -- the OpenAPI document ----------------------------------------------------------------------------------------------

@@ -725,16 +725,16 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def check_files(folder: str | Path) -> str:
-    """Check a model's files against the hashes in its `detector.json`.
+def check_files(folder: str | Path, fast: bool = False) -> str:
+    """Check a model's files, or with `fast` those of its student, against the hashes in its `detector.json`.
 
     Returns:
-        The SHA-256 of `detector.json`, which stands for the whole model.
+        The SHA-256 of `detector.json`, which stands for all of them.
 
     Raises:
         ModelError: there is no model, it has no hashes, or a file is another one, missing or too many.
     """
-    folder = Path(folder)
+    folder = Path(folder) / STUDENT if fast else Path(folder)
     expected, found = read_record(folder).get("files"), _file_hashes(folder)
     if not expected:
         raise ModelError(

@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
@@ -11,7 +11,6 @@ from fastapi import APIRouter, File, HTTPException, Path, Query, Request, Upload
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from ddad.images import encode_png
 from ddad.server.history import Inspection
 from ddad.server.hosting import Hosted
 from ddad.server.station import Answer, Station, StationFull, TooLate, Upload
@@ -188,7 +187,9 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def inspected(request: Request, hosted: Hosted, files: list[UploadFile]) -> list[Answer]:
+async def inspected(
+    request: Request, hosted: Hosted, files: list[UploadFile], pictures: Collection[str] = ()
+) -> list[Answer]:
     """What becomes of uploaded files; raises HTTPException where there is no answer to the request as a whole."""
     most, station = request.app.state.max_files, station_of(request)
     if len(files) > most:
@@ -197,7 +198,9 @@ async def inspected(request: Request, hosted: Hosted, files: list[UploadFile]) -
     async def work() -> list[Answer]:
         async with station.places(hosted, len(files)):
             uploads = [Upload(file.filename or "", await file.read()) for file in files]
-            return await station.inspect(hosted, uploads, request.state.request_id)
+            answers = await station.inspect(hosted, uploads, pictures)
+        # Past the deadline's reach: what is remembered is answered.
+        return await station.remember(answers, request.state.request_id)
 
     answers = await unless_gone(request, work())
     if not any(answer.inspection for answer in answers):
@@ -213,25 +216,21 @@ async def inspect(
     pictures: Annotated[list[PictureKind], Query(description="Also send these, as PNG in base64.")] = [],  # noqa: B006
 ) -> InspectAnswer:
     """Inspect one or more photographs. A file that is none gets a sentence, and the others are inspected."""
-    answers = await inspected(request, hosted_model(station_of(request), model), file)
-    results = [await _result(request, answer, pictures) for answer in answers]
+    answers = await inspected(request, hosted_model(station_of(request), model), file, {*pictures})
     version = next(answer.inspected.version for answer in answers if answer.inspected)
     return InspectAnswer(
         request_id=request.state.request_id,
         model=ModelVersion(name=version.name, version=version.number, hash=version.digest),
-        results=results,
+        results=[
+            FileResult(
+                file=answer.file,
+                inspection=_inspected(answer.inspection) if answer.inspection else None,
+                pictures={kind: base64.b64encode(content).decode() for kind, content in answer.asked.items()},
+                error=answer.error,
+            )
+            for answer in answers
+        ],
     )
-
-
-async def _result(request: Request, answer: Answer, kinds: list[PictureKind]) -> FileResult:
-    if answer.inspection is None:
-        return FileResult(file=answer.file, error=answer.error)
-    station = station_of(request)
-    pictures: dict[str, str] = {}
-    if kinds:
-        drawn = await station.in_thread(lambda: station.draw(answer))
-        pictures = {kind: base64.b64encode(encode_png(drawn[kind])).decode() for kind in kinds}
-    return FileResult(file=answer.file, inspection=_inspected(answer.inspection), pictures=pictures)
 
 
 def _inspected(inspection: Inspection) -> Inspected:

@@ -8,10 +8,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ddad import __version__
 from ddad.errors import DataError, DDADError
-from ddad.server.api import MOST_FILES, api
+from ddad.server.api import GONE, MOST_FILES, api
 from ddad.server.guard import Guard, GuardSettings, error_response, failure
 from ddad.server.page import page
 from ddad.server.protocol import protocol
@@ -61,6 +62,10 @@ def create_app(station: Station, guard: GuardSettings = GuardSettings(), max_fil
     async def impossible(request: Request, error: DDADError) -> Response:
         status = 503 if isinstance(error, DataError) else 409  # the history's disk, or what is asked of a model
         return error_response(status, str(error), request.state.request_id)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=GONE)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -51,44 +52,32 @@ class Batcher(Generic[Item, Result]):
         self._run, self._executor, self._settings, self._on_batch = run, executor, settings, on_batch
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._changed = asyncio.Event()
-        self._closing = False
         self.seconds_an_item = 0.0
         """What one item of the last batch took."""
-        self._task: asyncio.Task[None] | None = None  # begun with the first item, since only then there is a loop
+        self._task: asyncio.Task[None] | None = None  # only while something waits: an unused batcher needs no closing
 
     def __len__(self) -> int:
         """Items that wait."""
         return len(self._queue)
 
     async def submit(self, item: Item) -> Result:
-        """The result for one item.
-
-        Raises:
-            RuntimeError: the batcher is closed.
-        """
-        if self._closing:
-            raise RuntimeError("the batcher is closed")
-        if self._task is None:
-            self._task = asyncio.create_task(self._work())
+        """The result for one item."""
         waiting: _Waiting[Item, Result] = _Waiting(item, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._changed.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
         try:
             return await waiting.future
         finally:
             if waiting in self._queue:  # cancelled
                 self._queue.remove(waiting)
 
-    async def close(self) -> None:
-        """Take nothing more, finish what waits."""
-        self._closing = True
-        self._changed.set()
-        if self._task:
-            await self._task
-
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        while batch := await self._collect():
+        while self._queue:
+            if not (batch := await self._collect()):
+                continue
             started = time.monotonic()
             self._on_batch([started - waiting.since for waiting in batch])
             try:
@@ -102,25 +91,16 @@ class Batcher(Generic[Item, Result]):
             for waiting, result in zip(batch, results, strict=True):
                 if not waiting.future.done():
                     waiting.future.set_result(result)
+        self._task = None
 
     async def _collect(self) -> list[_Waiting[Item, Result]]:
-        """The next batch; empty when closed and done."""
-        while True:
+        """The next batch; empty where everybody has left meanwhile."""
+        while self._queue and len(self._queue) < self._settings.max_batch:
+            left = self._queue[0].since + self._settings.max_wait - time.monotonic()
+            if left <= 0:
+                break
             self._changed.clear()
-            if self._queue:
-                left = self._queue[0].since + self._settings.max_wait - time.monotonic()
-                if len(self._queue) >= self._settings.max_batch or left <= 0 or self._closing:
-                    size = min(len(self._queue), self._settings.max_batch)
-                    return [self._queue.popleft() for _ in range(size)]
-                await self._changed_within(left)
-            elif self._closing:
-                return []
-            else:
-                await self._changed.wait()
-
-    async def _changed_within(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            pass
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
+        return [self._queue.popleft() for _ in range(min(len(self._queue), self._settings.max_batch))]

@@ -11,7 +11,6 @@ import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +28,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHORTEST_TOKEN = 16
 OPEN = ("/login", "/static/", "/v2/health/live")
 """What needs no token."""
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+"""What metrics tell apart."""
+LOGIN_BYTES = 10_000
+"""Of a body that comes without a token."""
+CROWDED = "Expected fewer bytes at a time, found too many requests under way; try again later."
 CLIENTS = 10_000
 """Clients whose rate is remembered."""
 HEADERS = {
@@ -51,10 +55,12 @@ class GuardSettings:
     """What clients must show; None: whoever reaches the server is let in, so only this machine may."""
     max_bytes: int = 64 << 20
     """Of a request's body."""
+    max_inside: int = 512 << 20
+    """Bytes of the bodies of all requests that have no answer yet."""
     rate: float = 100.0
     """Requests a second from one address, on average; twice as many at once."""
-    body_seconds: float = 30.0
-    """The longest pause while a body arrives."""
+    body_seconds: float = 60.0
+    """Until a body has arrived."""
 
     def __post_init__(self) -> None:
         if self.token is not None and len(self.token) < SHORTEST_TOKEN:
@@ -79,8 +85,10 @@ class Guard:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp, settings: GuardSettings, measures: Measures) -> None:
-        self._app, self._settings, self._measures = app, settings, measures
+        self._app, self.settings, self.measures = app, settings, measures
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self.bytes_inside = 0
+        """Of the bodies of all requests that have no answer yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +98,9 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        status, body = 0, _Body(receive, headers, self._settings, self._measures)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        most = LOGIN_BYTES if scope["path"] == "/login" else self.settings.max_bytes
+        status, body = 0, _Body(receive, headers, most, self)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -106,9 +116,9 @@ class Guard:
 
         try:
             try:
-                self._check(scope, headers)
+                self._check(scope, headers, most)
             except Refusal as refusal:
-                self._measures.refused.labels(refusal.reason).inc()
+                self.measures.refused.labels(refusal.reason).inc()
                 await _refused(refusal, request_id, headers)(scope, receive, answer)
             else:
                 await self._app(scope, body.receive, answer)
@@ -117,10 +127,11 @@ class Guard:
             if not status:
                 await failure(request_id)(scope, receive, answer)
         finally:
+            self.bytes_inside -= body.taken
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
-            self._measures.requests.labels(scope["method"], route, status).inc()
-            self._measures.request_seconds.labels(route).observe(seconds)
+            self.measures.requests.labels(method, route, status).inc()
+            self.measures.request_seconds.labels(route).observe(seconds)
             access_log.info(
                 "request",
                 extra={
@@ -133,15 +144,15 @@ class Guard:
                 },
             )
 
-    def _check(self, scope: Scope, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers, most: int) -> None:
         host = headers.get("host", "")
-        if self._settings.token is None and _hostname(host) not in LOOPBACK:
+        if self.settings.token is None and _hostname(host) not in LOOPBACK:
             # A page elsewhere can point its own name at this machine and reach what listens here.
             raise Refusal(
                 403, f"Expected a request to {LOOPBACK[0]}, found one to {host!r}; use that address.", None, "host"
             )
         origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and urlsplit(origin).netloc != host:
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and _netloc(origin) != host:
             raise Refusal(
                 403, f"Expected a request from a page of this server, found one from {origin!r}.", None, "origin"
             )
@@ -152,31 +163,32 @@ class Guard:
         if not self._may_enter(scope, headers):
             sentence = "Expected the server's token, as 'Authorization: Bearer TOKEN', found none or another one."
             raise Refusal(401, sentence, {"www-authenticate": "Bearer"}, "token")
+        kind = headers.get("content-type", "").lower()
+        if "charset" in kind and not re.search(r"charset=\"?utf-?8\"?\s*(;|$)", kind):
+            # Some of the others take minutes for a megabyte.
+            raise Refusal(400, "Expected a body in UTF-8, found another charset in Content-Type.", None, "charset")
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._settings.max_bytes:
-            raise Refusal(413, self._too_large(), None, "bytes")
-
-    def _too_large(self) -> str:
-        return (
-            f"Expected at most {self._settings.max_bytes:,} bytes a request, found more; send fewer or smaller files."
-        )
+        if not re.fullmatch("[0-9]{1,15}", length) or int(length) > most:
+            raise Refusal(413, _too_large(most), None, "bytes")
+        if self.bytes_inside + int(length) > self.settings.max_inside:
+            raise Refusal(429, CROWDED, {"retry-after": "1"}, "bytes")
 
     def _may_enter(self, scope: Scope, headers: Headers) -> bool:
-        if self._settings.token is None or scope["path"].startswith(OPEN):
+        if self.settings.token is None or scope["path"].startswith(OPEN):
             return True
         kind, _, token = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and same(token.strip(), self._settings.token):
+        if kind.lower() == "bearer" and same(token.strip(), self.settings.token):
             return True
-        cookie = SimpleCookie()
-        cookie.load(headers.get("cookie", ""))
-        return COOKIE in cookie and same(cookie[COOKIE].value, self._settings.session)
+        # By hand: the parser of the standard library stops at what other programs on this host may have set.
+        cookies = (part.partition("=") for part in headers.get("cookie", "").split(";"))
+        return any(name.strip() == COOKIE and same(value.strip(), self.settings.session) for name, _, value in cookies)
 
     def _wait(self, client: str) -> float:
         """Seconds until this client's next request is let in; a leaking bucket for each."""
-        now, rate = time.monotonic(), self._settings.rate
+        now, rate = time.monotonic(), self.settings.rate
         level, since = self._buckets.pop(client, (0.0, now))
         level = max(0.0, level - (now - since) * rate)
-        wait = (level + 1 - 2 * rate) / rate
+        wait = (level + 1 - max(1.0, 2 * rate)) / rate
         self._buckets[client] = (level if wait > 0 else level + 1, now)
         if len(self._buckets) > CLIENTS:
             self._buckets.popitem(last=False)
@@ -184,25 +196,32 @@ class Guard:
 
 
 class _Body:
-    """A request's body as it arrives; it ends the request where it gets too long, or stalls."""
+    """A request's body as it arrives; it ends the request where it gets too long, or takes too long."""
 
-    def __init__(self, receive: Receive, headers: Headers, settings: GuardSettings, measures: Measures) -> None:
-        self._receive, self._settings, self._measures, self._taken = receive, settings, measures, 0
+    def __init__(self, receive: Receive, headers: Headers, most: int, guard: Guard) -> None:
+        self._receive, self._most, self._guard = receive, most, guard
+        self._until = time.monotonic() + guard.settings.body_seconds
+        self.taken = 0
         self.complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
 
     async def receive(self) -> Message:
         if self.complete:
             return await self._receive()
         try:
-            async with asyncio.timeout(self._settings.body_seconds):
+            async with asyncio.timeout(self._until - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
             raise HTTPException(408, "Expected the whole request, found that it stopped; send it again.") from None
-        self._taken += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self.taken += size
+        self._guard.bytes_inside += size
         self.complete = message["type"] != "http.request" or not message.get("more_body", False)
-        if self._taken > self._settings.max_bytes:
-            self._measures.refused.labels("bytes").inc()
-            raise HTTPException(413, _too_large(self._settings.max_bytes))
+        if self.taken > self._most:
+            self._guard.measures.refused.labels("bytes").inc()
+            raise HTTPException(413, _too_large(self._most))
+        if self._guard.bytes_inside > self._guard.settings.max_inside:
+            self._guard.measures.refused.labels("bytes").inc()
+            raise HTTPException(429, CROWDED, {"retry-after": "1"})
         return message
 
 
@@ -225,7 +244,7 @@ class JsonLines(logging.Formatter):
 
 def same(one: str, other: str) -> bool:
     """Whether two secrets are the same, in a time that does not tell where they differ."""
-    return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode())
 
 
 def error_response(status: int, sentence: str, request_id: str, headers: dict[str, str] | None = None) -> Response:
@@ -251,6 +270,13 @@ def _too_large(most: int) -> str:
 
 def _client(scope: Scope) -> str:
     return scope["client"][0] if scope.get("client") else "unknown"
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _hostname(host: str) -> str:

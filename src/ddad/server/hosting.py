@@ -1,11 +1,13 @@
 """The models of a server: loaded, checked, swapped for new versions without a pause, and set back."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from ddad.errors import ConfigError, DataError, ModelError
 from ddad.server.batching import Batcher, BatchSettings
 
 logger = logging.getLogger(__name__)
+KEPT_EVERY = 10
+"""Photographs between two states of a drift monitor that are worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Version:
         self.alarms: dict[str, Alarm] = {}
         """The drift seen at the last look, by quantity."""
         self.monitor: DriftMonitor | None = None
+        self._watching = Lock()
         try:
             self.monitor = self.calibration.monitor()
         except DataError as error:  # too few calibration images: no drift can be told
@@ -98,15 +103,20 @@ class Version:
         """Judge by another budget from now on; raises as `effect`."""
         self.detector.calibration = self.calibration.with_budget(false_alarms)
 
-    def watch(self, score: float, photo: PhotoStatistics) -> None:
-        """Take one photograph into account for drift."""
+    def watch(self, score: float, photo: PhotoStatistics) -> dict[str, Any] | None:
+        """Take one photograph into account for drift; may be called from several threads.
+
+        Returns:
+            The monitor's state to keep, now and then.
+        """
         if self.monitor is None:
-            return
-        looked = self.monitor.images
-        alarms = self.monitor.update(score, photo)
-        since = self.monitor.images - self.monitor.window
-        if looked < self.monitor.images and since >= 0 and since % ((self.monitor.window + 1) // 2) == 0:
-            self.alarms = {alarm.what: alarm for alarm in alarms}
+            return None
+        with self._watching:
+            alarms = self.monitor.update(score, photo)
+            since = self.monitor.images - self.monitor.window
+            if since >= 0 and since % ((self.monitor.window + 1) // 2) == 0:
+                self.alarms = {alarm.what: alarm for alarm in alarms}
+            return self.monitor.state() if self.monitor.images % KEPT_EVERY == 0 else None
 
 
 @dataclass(frozen=True)
@@ -154,11 +164,11 @@ class Hosted:
             ConfigError: as `Detector.from_pretrained`.
         """
         load = self._load_settings
-        digest = check_files(self._folder)
+        digest = check_files(self._folder, load.fast)
         detector = Detector.from_pretrained(
             self._folder, load.device, fast=load.fast, backend=load.backend, precision=load.precision
         )
-        if check_files(self._folder) != digest:
+        if check_files(self._folder, load.fast) != digest:
             raise ModelError(
                 f"Expected {self._folder} to stay as it was while it was read, found it changed; try again."
             )
@@ -195,11 +205,8 @@ class Hosted:
         self._on_load(version)
         return version
 
-    async def reload(self, in_thread: Callable[[Callable[[], Any]], Any]) -> bool:
+    async def reload(self) -> bool:
         """Serve what the folder holds now; the version in use goes on until the new one has proved to work.
-
-        Args:
-            in_thread: awaitable call of a function in a thread.
 
         Returns:
             Whether there was a new version.
@@ -207,12 +214,11 @@ class Hosted:
         Raises:
             ModelError, ConfigError: the new version does not work, and the old one stays.
         """
-        digest, detector = await in_thread(self._read)
+        digest, detector = await asyncio.to_thread(self._read)
         if digest == self.current.digest:
             return False
-        dropped, self.previous, self.current = self.previous, self.current, self._version(digest, detector)
-        if dropped:
-            await dropped.batcher.close()
+        # The version before the previous one goes when the last request that holds it is answered.
+        self.previous, self.current = self.current, self._version(digest, detector)
         return True
 
     def roll_back(self) -> None:
@@ -224,8 +230,3 @@ class Hosted:
         if self.previous is None:
             raise ConfigError(f"Expected an earlier version of {self.name} to go back to, found none since the start.")
         self.previous, self.current = self.current, self.previous
-
-    async def close(self) -> None:
-        for version in (self.current, self.previous):
-            if version:
-                await version.batcher.close()

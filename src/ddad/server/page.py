@@ -56,7 +56,7 @@ _WANTED: dict[Verdict, bool | None] = {"all": None, "anomalous": True, "good": F
 page = APIRouter(include_in_schema=False)
 
 
-@page.get("/")
+@page.api_route("/", methods=["GET", "HEAD"])
 async def index(request: Request, model: ModelName = None, inspection: str = "") -> Response:
     """Everything: the inspection asked for, or else the latest one of this model."""
     station = station_of(request)
@@ -158,7 +158,7 @@ async def report(request: Request, model: ModelName = None, since: datetime | No
     """One file about the inspections since a moment, by default the start of the server."""
     station = station_of(request)
     hosted = hosted_model(station, model)
-    start = station.started if since is None else since if since.tzinfo else since.replace(tzinfo=UTC)
+    start = station.started if since is None else (since if since.tzinfo else since.replace(tzinfo=UTC)).astimezone(UTC)
     now = datetime.now(UTC)
 
     def render() -> Response:

@@ -6,9 +6,10 @@ files). Nothing of it is remembered in the history.
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, HTTPException, Request
@@ -18,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ddad import __version__
 from ddad.server.api import ERRORS, hosted_model, station_of, unless_gone
 from ddad.server.hosting import Hosted, Version
-from ddad.server.station import Answer
+from ddad.server.station import Answer, Upload
 
 BINARY_LENGTH = "inference-header-content-length"
 MOST_IMAGES = 64
+MOST_JSON = 16 << 20
+"""Bytes; pixels as JSON take ten times their room, and time to match."""
 DTYPES = {"UINT8": np.uint8, "FP32": np.float32, "BOOL": np.bool_}
 
 protocol = APIRouter(prefix="/v2", responses={status: ERRORS[status] for status in (400, 401, 403, 404, 413, 429, 503)})
@@ -33,7 +36,7 @@ class Tensor(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     name: str
-    shape: list[int] = Field(max_length=8)
+    shape: list[Annotated[int, Field(ge=-(2**31), lt=2**31)]] = Field(max_length=8)
     datatype: str
     parameters: dict[str, Any] = {}
     data: list[Any] | None = None
@@ -140,49 +143,62 @@ _BODY = {
 @protocol.post("/models/{name}/versions/{version}/infer", openapi_extra=_BODY)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
     """Inspect photographs; by default the answer has scores, p-values, verdicts and thresholds."""
-    hosted = _model(request, name, version)
-    asked, binary = _parse(await request.body(), request.headers.get(BINARY_LENGTH))
-    photographs = _photographs(asked, binary)
-    wanted = [one.name for one in asked.outputs or ()] or list(BY_DEFAULT)
-    if unknown := [one for one in wanted if one not in OUTPUTS]:
-        raise HTTPException(400, f"Expected outputs among {', '.join(OUTPUTS)}, found {unknown[0][:80]!r}.")
-    station = station_of(request)
+    hosted, station = _model(request, name, version), station_of(request)
+    body, header_length = await request.body(), request.headers.get(BINARY_LENGTH)
+    most = min(MOST_IMAGES, station.settings.most_waiting)
+
+    def read() -> tuple[InferenceRequest, list[str], list[bytes | np.ndarray]]:
+        asked, binary = _parse(body, header_length)
+        return asked, _wanted(asked), _photographs(asked, binary, most, station.settings.decoding.max_pixels)
+
+    asked, wanted, photographs = await station.in_thread(read)
 
     async def work() -> list[Answer]:
         async with station.places(hosted, len(photographs)):
-            return await station.predict(hosted, photographs)
+            return await station.inspect(hosted, [Upload(f"input {i}", one) for i, one in enumerate(photographs)])
 
     answers = await unless_gone(request, work())
     if errors := [answer.error for answer in answers if answer.error]:
         raise HTTPException(400, errors[0])
-    assert answers[0].inspected
-    used = answers[0].inspected.version
-    return _response(asked, wanted, answers, {"model_name": name, "model_version": used.number})
+    return await station.in_thread(lambda: _response(asked, wanted, answers, name))
 
 
 def _parse(body: bytes, header_length: str | None) -> tuple[InferenceRequest, bytes]:
     length = len(body)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > len(body):
+        if not re.fullmatch("[0-9]{1,15}", header_length) or int(header_length) > len(body):
             raise HTTPException(
                 400, f"Expected {BINARY_LENGTH} of at most {len(body)} bytes, found {header_length[:40]!r}."
             )
         length = int(header_length)
+    if length > MOST_JSON:
+        raise HTTPException(413, f"Expected at most {MOST_JSON:,} bytes of JSON, found {length:,}; send binary data.")
     try:
         return InferenceRequest.model_validate_json(body[:length]), body[length:]
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "body"
-        raise HTTPException(400, f"Expected an inference request, found in {place}: {first['msg']}.") from None
+        raise HTTPException(400, f"Expected an inference request, found in {place[:80]}: {first['msg']}.") from None
 
 
-def _photographs(asked: InferenceRequest, binary: bytes) -> list[bytes | np.ndarray]:
+def _wanted(asked: InferenceRequest) -> list[str]:
+    wanted = [one.name for one in asked.outputs or ()] or list(BY_DEFAULT)
+    if unknown := [one for one in wanted if one not in OUTPUTS]:
+        raise HTTPException(400, f"Expected outputs among {', '.join(OUTPUTS)}, found {unknown[0][:80]!r}.")
+    if len({*wanted}) < len(wanted):
+        raise HTTPException(400, "Expected each output once, found one twice; leave it out.")
+    return wanted
+
+
+def _photographs(asked: InferenceRequest, binary: bytes, most: int, max_pixels: int) -> list[bytes | np.ndarray]:
     if len(asked.inputs) != 1 or asked.inputs[0].name not in ("image", "file"):
         found = ", ".join(repr(one.name[:40]) for one in asked.inputs[:8]) or "none"
         raise HTTPException(400, f"Expected one input, 'image' or 'file', found {found}.")
     tensor = asked.inputs[0]
-    if any(side < 1 for side in tensor.shape):
+    if not tensor.shape or any(side < 1 for side in tensor.shape):
         raise HTTPException(400, f"Expected a shape of positive numbers, found {tensor.shape}.")
+    if tensor.shape[0] > most:
+        raise HTTPException(400, f"Expected 1 to {most} photographs a request, found {tensor.shape[0]}.")
     size = tensor.parameters.get("binary_data_size")
     if size is not None:
         if not isinstance(size, int) or size != len(binary):
@@ -193,9 +209,7 @@ def _photographs(asked: InferenceRequest, binary: bytes) -> list[bytes | np.ndar
     if tensor.name == "file":
         images = [*_files(tensor, binary if size is not None else None)]
     else:
-        images = [*_arrays(tensor, binary if size is not None else None)]
-    if not 1 <= len(images) <= MOST_IMAGES:
-        raise HTTPException(400, f"Expected 1 to {MOST_IMAGES} photographs a request, found {len(images)}.")
+        images = [*_arrays(tensor, binary if size is not None else None, max_pixels)]
     return images
 
 
@@ -204,23 +218,25 @@ def _files(tensor: Tensor, binary: bytes | None) -> list[bytes]:
         raise HTTPException(400, f"Expected datatype BYTES for 'file', found {tensor.datatype[:40]!r}.")
     if binary is None:
         raise HTTPException(400, "Expected 'file' as binary data, found JSON, which holds text only; use 'image'.")
-    files = []
-    while binary:
-        length = struct.unpack_from("<I", binary)[0] if len(binary) >= 4 else len(binary)
-        if len(binary) < 4 + length:
-            raise HTTPException(400, "Expected each file behind its length, found fewer bytes than that.")
-        files.append(binary[4 : 4 + length])
-        binary = binary[4 + length :]
-    if len(files) != math.prod(tensor.shape):
-        raise HTTPException(400, f"Expected {math.prod(tensor.shape)} files, as the shape says, found {len(files)}.")
+    if len(tensor.shape) != 1:
+        raise HTTPException(400, f"Expected shape [N] for 'file', found {tensor.shape}.")
+    files, at = [], 0
+    for _ in range(tensor.shape[0]):
+        length = struct.unpack_from("<I", binary, at)[0] if at + 4 <= len(binary) else len(binary)
+        files.append(binary[at + 4 : at + 4 + length])
+        at += 4 + length
+    if at != len(binary):
+        raise HTTPException(400, f"Expected {tensor.shape[0]} files, each behind its length, found other bytes.")
     return files
 
 
-def _arrays(tensor: Tensor, binary: bytes | None) -> list[np.ndarray]:
+def _arrays(tensor: Tensor, binary: bytes | None, max_pixels: int) -> list[np.ndarray]:
     if tensor.datatype != "UINT8":
         raise HTTPException(400, f"Expected datatype UINT8 for 'image', found {tensor.datatype[:40]!r}.")
     if len(tensor.shape) != 4 or tensor.shape[3] != 3:
         raise HTTPException(400, f"Expected shape [N, height, width, 3] for 'image', found {tensor.shape}.")
+    if math.prod(tensor.shape[1:3]) > max_pixels:
+        raise HTTPException(400, f"Expected at most {max_pixels:,} pixels a photograph, found {tensor.shape}.")
     try:
         values: np.ndarray
         if binary is not None:
@@ -237,16 +253,19 @@ def _arrays(tensor: Tensor, binary: bytes | None) -> list[np.ndarray]:
         ) from None
 
 
-def _response(asked: InferenceRequest, wanted: list[str], answers: list[Answer], head: dict[str, Any]) -> Response:
+def _response(asked: InferenceRequest, wanted: list[str], answers: list[Answer], name: str) -> Response:
+    assert answers[0].inspected
+    head: dict[str, Any] = {"model_name": name, "model_version": answers[0].inspected.version.number}
     all_binary = bool(asked.parameters.get("binary_data_output"))
     as_binary = {one.name for one in asked.outputs or () if one.parameters.get("binary_data", all_binary)} or (
         {*wanted} if all_binary else set()
     )
     outputs, tail = [], []
-    for name in wanted:
-        values: np.ndarray = np.asarray([OUTPUTS[name].read(one) for one in answers], DTYPES[OUTPUTS[name].datatype])
-        output: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name].datatype, "shape": list(values.shape)}
-        if name in as_binary:
+    for kind in wanted:
+        known = OUTPUTS[kind]
+        values: np.ndarray = np.asarray([known.read(one) for one in answers], DTYPES[known.datatype])
+        output: dict[str, Any] = {"name": kind, "datatype": known.datatype, "shape": list(values.shape)}
+        if kind in as_binary:
             tail.append(values.tobytes())
             output["parameters"] = {"binary_data_size": len(tail[-1])}
         else:

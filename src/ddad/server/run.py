@@ -31,6 +31,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 TOKEN = "DDAD_TOKEN"
+CONNECTIONS = 500
+"""At a time; more are refused, so that idle ones do not use up what a process may open."""
 DRAIN = 60
 """Seconds that what was begun may take after SIGTERM."""
 
@@ -96,6 +98,7 @@ def serve_forever(models: Sequence[Path], options: Options) -> None:
         log_level="warning",
         access_log=False,  # the guard writes one with request ids
         server_header=False,
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=DRAIN,
     )
     names = ", ".join(f"{name} (version {hosted.current.number})" for name, hosted in station.models.items())

@@ -2,20 +2,21 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
 
 from ddad.detector import Photo
-from ddad.drift import photo_statistics
+from ddad.drift import Quantity, photo_statistics
 from ddad.errors import ConfigError, DataError
 from ddad.images import encode_jpeg, encode_png
 from ddad.results import draw
@@ -28,7 +29,6 @@ from ddad.server.measures import Measures
 PICTURES = ("photo", "heatmap", "overlay", "reconstruction")
 RECENT = 200
 """Inspections that the effect of another budget is shown on."""
-_KEEP_DRIFT_EVERY = 10
 _JPEG = ("overlay", "reconstruction")  # a PNG of these takes many times as long and as much room
 Result = TypeVar("Result")
 
@@ -64,7 +64,8 @@ class StationSettings:
 class Upload(NamedTuple):
     name: str
     """As the client calls it; shown, never a path."""
-    content: bytes
+    content: bytes | np.ndarray
+    """An image file, or pixels, uint8 (H, W, 3)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Answer:
     inspected: Inspected | None = None
     decoded: Decoded | None = None
     error: str | None = None
+    drawn: dict[str, bytes] = field(default_factory=dict)
+    """Pictures to keep, PNG or JPEG."""
+    asked: dict[str, bytes] = field(default_factory=dict)
+    """Pictures that were asked for, as PNG."""
 
 
 class Station:
@@ -102,7 +107,8 @@ class Station:
         self._inside = 0
         named = _named(models)
         self._network = ThreadPoolExecutor(1, "network")  # one batch at a time, whatever the model
-        self._threads = ThreadPoolExecutor(settings.workers + 2, "station")
+        self._decoding = ThreadPoolExecutor(settings.workers, "decoding")
+        self._threads = ThreadPoolExecutor(settings.workers, "station")
         self.history = History(settings.history, settings.history_bytes)
         try:
             self.models = {
@@ -158,30 +164,30 @@ class Station:
         finally:
             self._inside -= count
 
-    async def inspect(self, hosted: Hosted, uploads: Sequence[Upload], request_id: str) -> list[Answer]:
-        """Inspect files and remember what was found; one that is no photograph gets a sentence, the others go on.
+    async def inspect(
+        self, hosted: Hosted, uploads: Sequence[Upload], pictures: Collection[str] | None = None
+    ) -> list[Answer]:
+        """Inspect files; one that is no photograph gets a sentence, the others go on.
 
-        When this is cancelled, what still waits leaves the queue, and nothing is remembered.
+        When this is cancelled, what still waits leaves the queue.
+
+        Args:
+            pictures: also draw, what is to be kept and these kinds as PNG.
         """
         version = hosted.current
         answers = await _together(self._one(version, upload) for upload in uploads)
+        if pictures is None:
+            return answers
+        return [await self.in_thread(partial(self._draw, answer, pictures)) for answer in answers]
+
+    async def remember(self, answers: Sequence[Answer], request_id: str) -> list[Answer]:
+        """Keep inspections; to be called when nothing can come between this and the answer."""
         return await self.in_thread(lambda: self._remember(answers, request_id))
 
-    async def predict(self, hosted: Hosted, contents: Sequence[bytes | np.ndarray]) -> list[Answer]:
-        """As `inspect`, without remembering or drawing; arrays are photographs, uint8 (H, W, 3)."""
-        version = hosted.current
-        files = [encode_png(one) if isinstance(one, np.ndarray) else one for one in contents]
-        return await _together(self._one(version, Upload(f"input {i}", one)) for i, one in enumerate(files))
-
     async def _one(self, version: Version, upload: Upload) -> Answer:
-        name = shown(upload.name)
-        detector = version.detector
+        name, loop = shown(upload.name), asyncio.get_running_loop()
         try:
-            decoded = await self.in_thread(
-                lambda: self._timed(
-                    "decode", lambda: self._decoders.decode(upload.content, name, detector.shape, detector.image_rule)
-                )
-            )
+            decoded = await loop.run_in_executor(self._decoding, self._decode, version, name, upload.content)
         except DataError as error:
             self.measures.refused.labels("file").inc()
             return Answer(name, error=str(error))
@@ -189,48 +195,45 @@ class Station:
         inspected = await version.batcher.submit(photo)
         return Answer(name, inspected=inspected, decoded=decoded)
 
-    def _timed(self, stage: str, call: Callable[[], Result]) -> Result:
-        with self.measures.stage(stage):
-            return call()
+    def _decode(self, version: Version, name: str, content: bytes | np.ndarray) -> Decoded:
+        with self.measures.stage("decode"):
+            if isinstance(content, np.ndarray):
+                file = BytesIO()
+                Image.fromarray(content).save(file, "BMP")  # costs nothing, and takes the way of all others
+                content = file.getvalue()
+            return self._decoders.decode(content, name, version.detector.shape, version.detector.image_rule)
+
+    def _draw(self, answer: Answer, asked: Collection[str]) -> Answer:
+        if answer.inspected is None or answer.decoded is None:
+            return answer
+        with self.measures.stage("draw"):
+            with Image.open(BytesIO(answer.decoded.photo)) as photo:
+                pixels = np.asarray(photo.convert("RGB"))
+            drawn = draw(answer.inspected.version.detector, pixels, answer.inspected.prediction)
+            kept = {kind: encode_jpeg(one, 90) if kind in _JPEG else encode_png(one) for kind, one in drawn.items()}
+            return replace(
+                answer,
+                drawn={"photo": answer.decoded.photo, **kept},
+                asked={kind: encode_png(drawn[kind]) for kind in asked},
+            )
 
     def _remember(self, answers: Sequence[Answer], request_id: str) -> list[Answer]:
-        found = [answer for answer in answers if answer.inspected]
-        with self.measures.stage("draw"):
-            new = [_inspection(answer, request_id) for answer in found]
-            pictures = [self._pictures(answer) for answer in found]
+        found = [(_inspection(answer, request_id), answer.drawn) for answer in answers if answer.inspected]
         with self.measures.stage("store"):
-            stored = self.history.add(list(zip(new, pictures, strict=True)))
-        kept = iter(stored)
-        done = [Answer(**{**vars(one), "inspection": next(kept)}) if one.inspected else one for one in answers]
-        for answer in found:
-            self._count(answer)
-        return done
+            kept = iter(self.history.add(found))
+        for answer in answers:
+            if answer.inspected:
+                self._count(answer.inspected)
+        return [replace(answer, inspection=next(kept)) if answer.inspected else answer for answer in answers]
 
-    def _pictures(self, answer: Answer) -> dict[str, bytes]:
-        assert answer.decoded
-        drawn = self.draw(answer)
-        coded = {kind: (encode_jpeg(one, 90) if kind in _JPEG else encode_png(one)) for kind, one in drawn.items()}
-        return {"photo": answer.decoded.photo, **coded}
-
-    def draw(self, answer: Answer) -> dict[str, np.ndarray]:
-        """Heatmap, overlay and reconstruction of an answer with a prediction, as large as its photograph is shown."""
-        assert answer.inspected
-        assert answer.decoded
-        with Image.open(BytesIO(answer.decoded.photo)) as photo:
-            shown_photo = np.asarray(photo.convert("RGB"))
-        return draw(answer.inspected.version.detector, shown_photo, answer.inspected.prediction)
-
-    def _count(self, answer: Answer) -> None:
-        assert answer.inspected
-        prediction, version = answer.inspected.prediction, answer.inspected.version
+    def _count(self, inspected: Inspected) -> None:
+        prediction, version = inspected.prediction, inspected.version
         self.measures.verdicts.labels(version.name, "anomalous" if prediction.is_anomalous else "good").inc()
-        version.watch(prediction.anomaly_score, photo_statistics(prediction.image))
-        if version.monitor is None:
-            return
-        for quantity in ("scores", "brightness", "focus", "framing"):
+        state = version.watch(prediction.anomaly_score, photo_statistics(prediction.image))
+        if state:
+            self.history.keep_setting(_drift(version), state)
+        for quantity in get_args(Quantity) if version.monitor else ():
             self.measures.drift.labels(version.name, quantity).set(quantity in version.alarms)
-        if version.monitor.images % _KEEP_DRIFT_EVERY == 0:
-            self._keep_drift(version)
 
     def _count_batch(self, waited: list[float]) -> None:
         self.measures.batch_size.observe(len(waited))
@@ -269,7 +272,7 @@ class Station:
 
     async def reload(self, hosted: Hosted) -> bool:
         """As `Hosted.reload`."""
-        new = await hosted.reload(self.in_thread)
+        new = await hosted.reload()
         self.measures.version(hosted.name, hosted.current.number)
         return new
 
@@ -287,17 +290,13 @@ class Station:
             with suppress(DataError):  # of other code or another window: it starts afresh
                 version.monitor.restore(state)
 
-    def _keep_drift(self, version: Version) -> None:
-        if version.monitor:
-            self.history.keep_setting(_drift(version), version.monitor.state())
-
     async def close(self) -> None:
-        """Finish what was begun; then end threads and processes."""
-        for hosted in self.models.values():
-            await hosted.close()
-            await self.in_thread(lambda version=hosted.current: self._keep_drift(version))  # type: ignore[misc]
-        self._network.shutdown()
-        self._threads.shutdown()
+        """End threads and processes; what they are at is finished."""
+        for version in (hosted.current for hosted in self.models.values()):
+            if version.monitor:
+                self.history.keep_setting(_drift(version), version.monitor.state())
+        for threads in (self._network, self._decoding, self._threads):
+            await asyncio.to_thread(threads.shutdown)
         self._decoders.close()
         self.history.close()
 
