@@ -18,9 +18,10 @@ $(INSTALLED): pyproject.toml constraints/pins.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints/pins.txt --editable '.[dev]'
 	touch $(INSTALLED)
 
-# Two processes of one thread each: most tests are too small to share a core's work.
+# Two processes of one thread each: most tests are too small to share a core's work. By file, so that the models and
+# servers which the tests of a file share are made once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

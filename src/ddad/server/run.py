@@ -69,15 +69,17 @@ def serve_forever(models: Sequence[Path], options: Options) -> None:
         ModelError: a model that cannot be served.
         DataError: no place for the history.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     guard = GuardSettings(token=_token(options.token_file), max_bytes=options.max_bytes, rate=options.rate)
     if guard.token is None and not _is_loopback(options.host):
         raise ConfigError(
             f"Expected a token for an address that others can reach, found none for {options.host}; give --token-file "
             f"or set {TOKEN}, or listen on 127.0.0.1."
         )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("ddad", "uvicorn"):
+        logging.getLogger(name).addHandler(handler)
+    logging.getLogger("ddad").setLevel(logging.INFO)
     listening = _listen(options.host, options.port)
     station = Station(
         models,
