@@ -141,6 +141,7 @@ run_benchmark(root, "folder", out, seeds=1, **json.loads(options))
 """
 
 
+@pytest.mark.slow
 def test_killed_twice_it_goes_on_and_gives_the_same_results(root, whole, tmp_path):
     """kill -9 in the middle of the first training and of the second; one seed is enough."""
     script, out = tmp_path / "run.py", tmp_path / "out"

@@ -212,6 +212,7 @@ def _features(folder):
     return load_file(folder / "features" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_adaptation_killed_and_resumed_gives_the_same_features(model, photos, tmp_path):
     script = tmp_path / "adapt.py"
     script.write_text(

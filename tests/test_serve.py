@@ -124,44 +124,49 @@ def test_a_kill_leaves_a_sound_history_and_no_processes(model, tmp_path):
     history.close()
 
 
-def test_a_client_that_goes_away_cancels_its_work(model, tmp_path):
-    with serving([model], tmp_path / "history", "--max-batch", "1") as server:
-        gone = 40
-        for _ in range(gone):
-            host, port = server.address.split(":")
-            with socket.create_connection((host, int(port))) as connection:
-                content = png()
-                head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
-                body = head + content + b"\r\n--x--\r\n"
-                connection.sendall(
-                    b"POST /v1/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-                    + f"Content-Length: {len(body)}\r\n\r\n".encode()
-                    + body
-                )
-        answer = httpx.post(f"{server.url}/v1/inspect", files={"file": ("a.png", png())}, timeout=60)
-        assert answer.status_code == 200
-        text = httpx.get(f"{server.url}/metrics").text
+@pytest.fixture(scope="module")
+def narrow(model, tmp_path_factory):
+    history = tmp_path_factory.mktemp("narrow") / "history"
+    with serving([model], history, "--max-batch", "1", "--max-request", "100kB") as server:
+        yield server
+
+
+def test_a_client_that_goes_away_cancels_its_work(narrow):
+    gone = 40
+    for _ in range(gone):
+        host, port = narrow.address.split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            content = png()
+            head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+            body = head + content + b"\r\n--x--\r\n"
+            connection.sendall(
+                b"POST /v1/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                + f"Content-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+    answer = httpx.post(f"{narrow.url}/v1/inspect", files={"file": ("a.png", png())}, timeout=60)
+    assert answer.status_code == 200
+    text = httpx.get(f"{narrow.url}/metrics").text
     inspected = float(text.split("ddad_batch_size_sum ")[1].split()[0])
     assert inspected < gone  # most were given up while they waited
     assert 'status="499"' in text
 
 
-def test_a_body_that_is_too_long_is_cut_off(model, tmp_path):
-    with serving([model], tmp_path / "history", "--max-request", "100kB") as server:
-        host, port = server.address.split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
-            connection.sendall(
-                b"POST /v1/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-                b"Transfer-Encoding: chunked\r\n\r\n"
-            )
-            sent = 0
-            head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
-            connection.sendall(f"{len(head):x}\r\n".encode() + head + b"\r\n")
-            try:
-                while sent < 100_000_000:
-                    connection.sendall(b"10000\r\n" + b"0" * 0x10000 + b"\r\n")
-                    sent += 0x10000
-            except OSError:
-                pass
-        assert sent < 50_000_000
-        assert httpx.get(f"{server.url}/v2/health/ready").status_code == 200
+def test_a_body_that_is_too_long_is_cut_off(narrow):
+    host, port = narrow.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        sent = 0
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+        connection.sendall(f"{len(head):x}\r\n".encode() + head + b"\r\n")
+        try:
+            while sent < 100_000_000:
+                connection.sendall(b"10000\r\n" + b"0" * 0x10000 + b"\r\n")
+                sent += 0x10000
+        except OSError:
+            pass
+    assert sent < 50_000_000
+    assert httpx.get(f"{narrow.url}/v2/health/ready").status_code == 200
