@@ -4,6 +4,8 @@ import io
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -59,6 +61,23 @@ def test_mistakes_end_in_a_sentence(model, tmp_path, monkeypatch):
     assert said.startswith("Expected a free address, found that 127.0.0.1:")
     monkeypatch.setenv("DDAD_TOKEN", "short")
     assert refused(model, *history, "--port", 0).startswith("Expected a token of at least 16 characters, found 5; make")
+
+
+WITHOUT = """
+import sys
+sys.modules["prometheus_client"] = None
+sys.argv = ["ddad", "serve", "model"]
+from ddad.cli import main
+main()
+"""
+
+
+def test_without_the_extra(tmp_path):
+    result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "Error: Expected the package prometheus_client for ddad serve, found none; pip install 'ddad[serve]'.\n",
+    )
 
 
 def test_a_token_from_a_file(model, tmp_path):
