@@ -18,10 +18,10 @@ $(INSTALLED): pyproject.toml constraints/pins.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints/pins.txt --editable '.[dev]'
 	touch $(INSTALLED)
 
-# Two processes of one thread each: most tests are too small to share a core's work. By file, so that the models and
-# servers which the tests of a file share are made once.
+# Two processes of one thread each: most tests are too small to share a core's work. Each gets half of the files, and takes
+# from the other in the end: so the models and servers that the tests of a file share are made once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -192,7 +192,7 @@ def test_the_server_does_what_its_description_says(server):
     for operation in operations:
 
         @given(case=operation.as_strategy())
-        @settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         def conforms(case):
             # No schema says that bytes are a photograph: valid by it, most are rightly refused.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
