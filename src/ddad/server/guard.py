@@ -164,7 +164,7 @@ class Guard:
             sentence = "Expected the server's token, as 'Authorization: Bearer TOKEN', found none or another one."
             raise Refusal(401, sentence, {"www-authenticate": "Bearer"}, "token")
         kind = headers.get("content-type", "").lower()
-        if "charset" in kind and not re.search(r"charset=\"?utf-?8\"?\s*(;|$)", kind):
+        if kind.count("charset") != len(re.findall(r"charset=\"?utf-?8\"?\s*(?:;|$)", kind)):
             # Some of the others take minutes for a megabyte.
             raise Refusal(400, "Expected a body in UTF-8, found another charset in Content-Type.", None, "charset")
         length = headers.get("content-length", "0")
