@@ -1,4 +1,4 @@
-"""A real `ddad serve` process on a free loopback port."""
+"""The server: as a real `ddad serve` process on a free loopback port, and in the process of the test."""
 
 import os
 import signal
@@ -6,6 +6,15 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+from fastapi.testclient import TestClient
+
+from ddad.server.api import MOST_FILES
+from ddad.server.app import create_app
+from ddad.server.guard import GuardSettings
+from ddad.server.station import Station, StationSettings
+
+HERE = "http://127.0.0.1"
 
 
 class Server:
@@ -41,3 +50,13 @@ def serving(*arguments, **environment):
         yield server
     finally:
         server.stop()
+
+
+@contextmanager
+def in_process(models, history, *, guard=None, max_files=MOST_FILES, **settings):
+    """A client of the whole application; its `station` is at hand."""
+    station = Station(models, StationSettings(history=history, **settings))
+    client = TestClient(create_app(station, guard or GuardSettings(rate=1e6), max_files), base_url=HERE)
+    client.station = station
+    with client:
+        yield client

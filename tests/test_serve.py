@@ -12,7 +12,6 @@ import time
 import pytest
 from PIL import Image
 
-from serving import Server, serving
 from tiny import photo, train_model, write_photos
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
@@ -24,6 +23,7 @@ from typer.testing import CliRunner
 from ddad.cli import app
 from ddad.errors import DDADError
 from ddad.server.history import History
+from serving import Server, serving
 
 TOKEN = "a token of twenty-six chars"
 

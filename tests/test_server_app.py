@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -18,20 +19,18 @@ from tiny import photo, train_model, write_photos
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-from fastapi.testclient import TestClient
 
 from ddad import Detector
 from ddad.detector import check_files
 from ddad.drift import PhotoStatistics
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.refit import recalibrate
-from ddad.server.app import create_app
 from ddad.server.guard import COOKIE, GuardSettings
 from ddad.server.hosting import LoadSettings, Version
 from ddad.server.station import Station, StationSettings, shown
+from serving import HERE, in_process
 
 TOKEN = "a token of twenty-six chars"
-HERE = "http://127.0.0.1"
 
 
 def png(pixels):
@@ -60,26 +59,15 @@ def model(tmp_path_factory):
 @pytest.fixture
 def serve(tmp_path):
     """A function that starts a server in this process; a history that is named is shared."""
-    running = []
-
-    def start(*models, guard=None, history="history", max_files=32, **settings):
-        station = Station(models, StationSettings(history=tmp_path / history, **settings))
-        app = create_app(station, guard or GuardSettings(rate=1e6), max_files)
-        client = TestClient(app, base_url=HERE)
-        client.station = station
-        running.append(client)
-        return client.__enter__()
-
-    yield start
-    for client in running:
-        client.__exit__(None, None, None)
+    with ExitStack() as stack:
+        yield lambda *models, history="history", **options: stack.enter_context(
+            in_process(models, tmp_path / history, **options)
+        )
 
 
 @pytest.fixture(scope="module")
 def client(model, tmp_path_factory):
-    station = Station([model], StationSettings(history=tmp_path_factory.mktemp("history")))
-    with TestClient(create_app(station, GuardSettings(rate=1e6)), base_url=HERE) as client:
-        client.station = station
+    with in_process([model], tmp_path_factory.mktemp("history")) as client:
         yield client
 
 

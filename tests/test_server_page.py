@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 
@@ -11,20 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving import Server, serving
 from tiny import photo, train_model, write_photos
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import httpx
-from fastapi.testclient import TestClient
 
 from ddad.server import page as page_module
-from ddad.server.app import create_app
 from ddad.server.guard import COOKIE, GuardSettings
 from ddad.server.history import Inspection
 from ddad.server.page import GALLERY, _distribution, _how_sure
-from ddad.server.station import Station, StationSettings
+from serving import Server, in_process, serving
 
 try:
     from playwright.sync_api import expect, sync_playwright
@@ -44,7 +42,6 @@ CHROMIUM_OPTIONS = [
     "--use-fake-device-for-media-stream",
 ]
 TOKEN = "a token of twenty-six chars"
-HERE = "http://127.0.0.1"
 WIDE, NARROW = (1280, 900), (390, 844)
 CONTROLS = {"button", "link", "textbox", "radio", "checkbox", "slider", "image", "dialog", "Video"}
 
@@ -79,25 +76,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def serve(tmp_path):
-    running = []
-
-    def start(*models, guard=None):
-        station = Station(models, StationSettings(history=tmp_path / "history"))
-        client = TestClient(create_app(station, guard or GuardSettings(rate=1e6)), base_url=HERE)
-        client.station = station
-        running.append(client)
-        return client.__enter__()
-
-    yield start
-    for client in running:
-        client.__exit__(None, None, None)
+    with ExitStack() as stack:
+        yield lambda *models, **options: stack.enter_context(in_process(models, tmp_path / "history", **options))
 
 
 @pytest.fixture(scope="module")
 def client(model, tmp_path_factory):
-    station = Station([model], StationSettings(history=tmp_path_factory.mktemp("history")))
-    with TestClient(create_app(station, GuardSettings(rate=1e6)), base_url=HERE) as client:
-        client.station = station
+    with in_process([model], tmp_path_factory.mktemp("history")) as client:
         yield client
 
 

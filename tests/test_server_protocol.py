@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving import serving
 from tiny import SHAPE, photo, train_model, write_photos
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from ddad import Detector
+from serving import serving
 
 PHOTOS = np.stack([photo(seed) for seed in range(100, 105)])
 

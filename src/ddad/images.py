@@ -156,10 +156,10 @@ def to_rgb(values: np.ndarray, size: tuple[int, int] | None, rule: ImageRule, na
         if values.ndim == 3 and values.shape[2] == 4:
             values = values[..., :3] * values[..., 3:]
         if size is not None:
-            values = _resize(values, size)
+            values = resize(values, size)
         values = np.rint(values * 255).astype(np.uint8)
     elif size is not None:
-        values = _resize(values, size)
+        values = resize(values, size)
     return np.ascontiguousarray(np.broadcast_to(values.reshape(*values.shape[:2], -1), (*values.shape[:2], 3)))
 
 
@@ -182,7 +182,7 @@ def read_mask(source: Source, size: tuple[int, int] | None = None, max_pixels: i
     has_ids = values.dtype.kind != "f" and brightest < CLASS_IDS
     mask = values > (0 if has_ids else max(0, brightest / 2))
     if size is not None:
-        mask = _resize(mask.astype(np.float32), size) >= 0.5
+        mask = resize(mask.astype(np.float32), size) >= 0.5
     return mask
 
 
@@ -212,7 +212,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, limit: float) -> np.ndar
     """
     excess = _excess(anomaly_map, limit)
     if excess.shape != image.shape[:2]:
-        excess = _resize(excess, (image.shape[0], image.shape[1]))
+        excess = resize(excess, (image.shape[0], image.shape[1]))
     alpha = 0.8 * np.sqrt(np.clip(excess - 1, 0, 1))[..., None]  # (H, W, 1)
     colours = _HEAT_TABLE[np.rint(excess * 127.5).astype(np.uint8)]
     return np.rint(image * (1 - alpha) + colours * alpha).astype(np.uint8)
@@ -363,9 +363,15 @@ def _to_unit(values: np.ndarray, white: int, name: str) -> np.ndarray:
     return values.astype(np.float32) / np.float32(white)
 
 
-def _resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def reduced_size(height: int, width: int, most: int) -> tuple[int, int]:
+    """Height and width of a picture in its own proportions, the longer side at most `most` pixels; never enlarged."""
+    scale = min(1.0, most / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W, 3), or float32 (H, W[, C]), to `size` (height, width); bilinear, antialiased, no overshoot."""
     if values.ndim == 3 and values.dtype != np.uint8:
-        return np.stack([_resize(values[..., channel], size) for channel in range(values.shape[2])], axis=2)
+        return np.stack([resize(values[..., channel], size) for channel in range(values.shape[2])], axis=2)
     height, width = size
     return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))

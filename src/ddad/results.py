@@ -1,18 +1,17 @@
 """Write predictions where people and programs find them: `results.jsonl` and pictures."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ddad.detector import Detector, Prediction, in_threads
 from ddad.drift import photo_statistics
 from ddad.errors import DataError
-from ddad.images import heatmap, overlay, read_image, write_png
+from ddad.images import heatmap, overlay, read_image, reduced_size, resize, write_png
 
 PICTURES = ("heatmap", "overlay", "reconstruction")
 MAX_PICTURE_SIDE = 1024
@@ -109,17 +108,13 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
 
 
 def _write_pictures(detector: Detector, path: Path, prediction: Prediction, out: Path, name: str) -> dict[str, str]:
-    pictures = draw(detector, reduced(read_image(path, rule=detector.image_rule)), prediction)
+    photo = read_image(path, rule=detector.image_rule)
+    photo = resize(photo, reduced_size(photo.shape[0], photo.shape[1], MAX_PICTURE_SIDE))
+    pictures = draw(detector, photo, prediction)
     files = {kind: f"{kind}s/{name}.png" for kind in PICTURES}
     for kind, picture in pictures.items():
         write_png(out / files[kind], picture)
     return files
-
-
-def reduced(photo: np.ndarray) -> np.ndarray:
-    """The photograph (uint8, H x W x 3) with a longer side of at most `MAX_PICTURE_SIDE`."""
-    scale = min(1.0, MAX_PICTURE_SIDE / max(photo.shape[:2]))
-    return _resize(photo, (max(1, round(photo.shape[0] * scale)), max(1, round(photo.shape[1] * scale))))
 
 
 def draw(detector: Detector, photo: np.ndarray, prediction: Prediction) -> dict[str, np.ndarray]:
@@ -127,16 +122,13 @@ def draw(detector: Detector, photo: np.ndarray, prediction: Prediction) -> dict[
     limit = prediction.threshold or 1.0  # 1 is what a good part's peak typically is
     if detector.calibration is None:  # no unit: each picture on a scale of its own
         limit = max(float(np.quantile(prediction.anomaly_map, 0.95)), 1e-6)
-    anomaly_map = _resize(prediction.anomaly_map, photo.shape)
+    shape = photo.shape[0], photo.shape[1]
+    anomaly_map = resize(prediction.anomaly_map, shape)
     return {
         "heatmap": heatmap(anomaly_map, limit),
         "overlay": overlay(photo, anomaly_map, limit),
-        "reconstruction": _resize(prediction.reconstruction, photo.shape),
+        "reconstruction": resize(prediction.reconstruction, shape),
     }
-
-
-def _resize(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(array).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
 class _Names:

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 from collections.abc import Awaitable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from ddad.server.history import Inspection
-from ddad.server.hosting import Hosted
+from ddad.server.hosting import Effect, Hosted
 from ddad.server.station import Answer, Station, StationFull, TooLate, Upload
 
 Result = TypeVar("Result")
@@ -102,17 +102,12 @@ class ModelFacts(ModelVersion):
     """Whether there is a version to go back to."""
 
 
-class BudgetEffect(BaseModel):
+@dataclass(frozen=True)
+class BudgetEffect(Effect):
     """What a false-alarm budget means on the calibration images, and for recent inspections."""
 
-    false_alarms: float
-    threshold: float
-    calibration_images: int
-    flagged: int
-    promised_rate: float
-    rate_bound: float
-    promise: str
     recent: dict[str, int]
+    """How many there are, and how many would become anomalous (`more`) or good (`fewer`)."""
 
 
 class Budget(BaseModel):
@@ -208,7 +203,7 @@ async def inspected(
     return answers
 
 
-@api.post("/inspect", response_model_exclude_defaults=False)
+@api.post("/inspect")
 async def inspect(
     request: Request,
     file: Annotated[list[UploadFile], File(description="Photographs.", min_length=1)],

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from ddad.errors import ConfigError, DataError
-from ddad.images import ImageRule, encode_jpeg, encode_png, pixel_values, probe, to_rgb
+from ddad.images import ImageRule, encode_jpeg, encode_png, pixel_values, probe, reduced_size, to_rgb
 
 PHOTO_SIDE = 1024
 """Pixels of the longer side of the picture for people, at most."""
@@ -247,8 +247,7 @@ def _decode(upload: _Upload, shape: tuple[int, int], rule: ImageRule, limits: Li
         )
     values = pixel_values(upload, rule, limits.max_pixels)
     height, width = values.shape[:2]
-    scale = min(1, PHOTO_SIDE / max(height, width))
-    shown = max(1, round(height * scale)), max(1, round(width * scale))
+    shown = reduced_size(height, width, PHOTO_SIDE)
     image, small = (to_rgb(values, size, rule, upload.name) for size in (shape, shown))
     photo = encode_jpeg(small, quality=90)
     if max(small.shape) <= _SMALL_SIDE:

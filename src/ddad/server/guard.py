@@ -76,7 +76,7 @@ class GuardSettings:
 
 
 class Refusal(Exception):
-    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None, reason: str = "") -> None:
+    def __init__(self, status: int, sentence: str, reason: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(sentence)
         self.status, self.headers, self.reason = status, headers or {}, reason
 
@@ -148,30 +148,26 @@ class Guard:
         host = headers.get("host", "")
         if self.settings.token is None and _hostname(host) not in LOOPBACK:
             # A page elsewhere can point its own name at this machine and reach what listens here.
-            raise Refusal(
-                403, f"Expected a request to {LOOPBACK[0]}, found one to {host!r}; use that address.", None, "host"
-            )
+            raise Refusal(403, f"Expected a request to {LOOPBACK[0]}, found one to {host!r}; use that address.", "host")
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and _netloc(origin) != host:
-            raise Refusal(
-                403, f"Expected a request from a page of this server, found one from {origin!r}.", None, "origin"
-            )
+            raise Refusal(403, f"Expected a request from a page of this server, found one from {origin!r}.", "origin")
         wait = self._wait(_client(scope))
         if wait:
             retry = {"retry-after": str(max(1, round(wait)))}
-            raise Refusal(429, "Expected fewer requests at a time from one client; try again later.", retry, "rate")
+            raise Refusal(429, "Expected fewer requests at a time from one client; try again later.", "rate", retry)
         if not self._may_enter(scope, headers):
             sentence = "Expected the server's token, as 'Authorization: Bearer TOKEN', found none or another one."
-            raise Refusal(401, sentence, {"www-authenticate": "Bearer"}, "token")
+            raise Refusal(401, sentence, "token", {"www-authenticate": "Bearer"})
         kind = headers.get("content-type", "").lower()
         if kind.count("charset") != len(re.findall(r"charset=\"?utf-?8\"?\s*(?:;|$)", kind)):
             # Some of the others take minutes for a megabyte.
-            raise Refusal(400, "Expected a body in UTF-8, found another charset in Content-Type.", None, "charset")
+            raise Refusal(400, "Expected a body in UTF-8, found another charset in Content-Type.", "charset")
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,15}", length) or int(length) > most:
-            raise Refusal(413, _too_large(most), None, "bytes")
+            raise Refusal(413, _too_large(most), "bytes")
         if self.bytes_inside + int(length) > self.settings.max_inside:
-            raise Refusal(429, CROWDED, {"retry-after": "1"}, "bytes")
+            raise Refusal(429, CROWDED, "bytes", {"retry-after": "1"})
 
     def _may_enter(self, scope: Scope, headers: Headers) -> bool:
         if self.settings.token is None or scope["path"].startswith(OPEN):

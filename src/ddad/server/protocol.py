@@ -205,12 +205,8 @@ def _photographs(asked: InferenceRequest, binary: bytes, most: int, max_pixels: 
             raise HTTPException(400, f"Expected {len(binary)} bytes of binary data, found binary_data_size {size!r}.")
     elif tensor.data is None:
         raise HTTPException(400, "Expected data in the input, or binary data behind the request, found neither.")
-    images: list[bytes | np.ndarray]
-    if tensor.name == "file":
-        images = [*_files(tensor, binary if size is not None else None)]
-    else:
-        images = [*_arrays(tensor, binary if size is not None else None, max_pixels)]
-    return images
+    given = None if size is None else binary
+    return [*(_files(tensor, given) if tensor.name == "file" else _arrays(tensor, given, max_pixels))]
 
 
 def _files(tensor: Tensor, binary: bytes | None) -> list[bytes]:

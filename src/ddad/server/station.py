@@ -15,18 +15,18 @@ from typing import Any, NamedTuple, TypeVar, get_args
 import numpy as np
 from PIL import Image
 
+from ddad import results
 from ddad.detector import Photo
-from ddad.drift import Quantity, photo_statistics
+from ddad.drift import PhotoStatistics, Quantity, photo_statistics
 from ddad.errors import ConfigError, DataError
 from ddad.images import encode_jpeg, encode_png
-from ddad.results import draw
 from ddad.server.batching import BatchSettings
 from ddad.server.decoding import Decoded, Decoders, Limits
 from ddad.server.history import History, Inspection
 from ddad.server.hosting import Effect, Hosted, Inspected, LoadSettings, Version
 from ddad.server.measures import Measures
 
-PICTURES = ("photo", "heatmap", "overlay", "reconstruction")
+PICTURES = ("photo", *results.PICTURES)
 RECENT = 200
 """Inspections that the effect of another budget is shown on."""
 _JPEG = ("overlay", "reconstruction")  # a PNG of these takes many times as long and as much room
@@ -209,7 +209,7 @@ class Station:
         with self.measures.stage("draw"):
             with Image.open(BytesIO(answer.decoded.photo)) as photo:
                 pixels = np.asarray(photo.convert("RGB"))
-            drawn = draw(answer.inspected.version.detector, pixels, answer.inspected.prediction)
+            drawn = results.draw(answer.inspected.version.detector, pixels, answer.inspected.prediction)
             kept = {kind: encode_jpeg(one, 90) if kind in _JPEG else encode_png(one) for kind, one in drawn.items()}
             return replace(
                 answer,
@@ -221,15 +221,15 @@ class Station:
         found = [(_inspection(answer, request_id), answer.drawn) for answer in answers if answer.inspected]
         with self.measures.stage("store"):
             kept = iter(self.history.add(found))
-        for answer in answers:
-            if answer.inspected:
-                self._count(answer.inspected)
-        return [replace(answer, inspection=next(kept)) if answer.inspected else answer for answer in answers]
+        done = [replace(answer, inspection=next(kept)) if answer.inspected else answer for answer in answers]
+        for answer in done:
+            if answer.inspected and answer.inspection:
+                self._count(answer.inspected.version, answer.inspection)
+        return done
 
-    def _count(self, inspected: Inspected) -> None:
-        prediction, version = inspected.prediction, inspected.version
-        self.measures.verdicts.labels(version.name, "anomalous" if prediction.is_anomalous else "good").inc()
-        state = version.watch(prediction.anomaly_score, photo_statistics(prediction.image))
+    def _count(self, version: Version, inspection: Inspection) -> None:
+        self.measures.verdicts.labels(version.name, "anomalous" if inspection.is_anomalous else "good").inc()
+        state = version.watch(inspection.anomaly_score, PhotoStatistics(**inspection.photo))
         if state:
             self.history.keep_setting(_drift(version), state)
         for quantity in get_args(Quantity) if version.monitor else ():
