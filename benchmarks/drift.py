@@ -18,8 +18,8 @@ from scipy import ndimage
 
 from ddad.data.folder import scan
 from ddad.detector import Detector
-from ddad.drift import photo_statistics
 from ddad.images import read_image
+from ddad.prediction import photo_statistics
 
 LONGEST = 500
 

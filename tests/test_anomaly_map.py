@@ -7,14 +7,12 @@ from scipy import ndimage
 from torch.nn import functional
 
 from ddad.anomaly_map import (
-    Region,
     centre,
     feature_distance,
     fuse,
     fuse_batch_max,
     image_score,
     pixel_distance,
-    regions,
     smooth,
     standardise,
 )
@@ -99,22 +97,3 @@ def test_standardised_is_spreads_above_good_parts_at_each_place():
 
 def test_score_is_the_maximum():
     assert image_score(torch.arange(12.0).view(2, 2, 3)).tolist() == [5, 11]
-
-
-def test_regions_are_connected_over_corners_and_in_photograph_pixels():
-    anomaly_map = np.zeros((10, 20), np.float32)
-    anomaly_map[1, 1] = anomaly_map[2, 2] = 5.0  # touch at a corner: one region
-    anomaly_map[7:9, 10:14] = 3.0
-    anomaly_map[5, 0] = 1.0  # at the limit, not above it
-    assert regions(anomaly_map, 1.0, photo_size=(20, 40)) == (
-        Region(box=(2, 2, 6, 6), area=8, peak=5.0),
-        Region(box=(20, 14, 28, 18), area=32, peak=3.0),
-    )
-    assert regions(anomaly_map, 9.0, photo_size=(20, 40)) == ()
-
-
-@pytest.mark.parametrize(("cells", "side"), [(224, 58), (96, 1000), (32, 31)])
-def test_a_region_never_reaches_past_the_photograph(cells, side):
-    (region,) = regions(np.ones((cells, cells), np.float32), 0.5, photo_size=(side, side))
-    assert region.box == (0, 0, side, side)
-    assert region.area == side * side

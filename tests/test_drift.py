@@ -10,8 +10,9 @@ from scipy.stats import kstest
 
 from ddad.conformal import p_value
 from ddad.data.demo import render_part
-from ddad.drift import DriftMonitor, PhotoStatistics, photo_statistics
+from ddad.drift import DriftMonitor
 from ddad.errors import ConfigError, DataError
+from ddad.prediction import PhotoStatistics, photo_statistics
 
 SIZE = 64
 CALIBRATION, WINDOW = 60, 30

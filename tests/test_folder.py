@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ddad.data.folder import list_images, scan
+from ddad.data.folder import scan
 from ddad.data.samples import Sample
 from ddad.errors import DataError
+from ddad.images import list_images
 
 MTD = Path(__file__).resolve().parents[2] / "shared/data/mtd/tile"
 

@@ -22,8 +22,8 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 from ddad import Detector
 from ddad.detector import check_files
-from ddad.drift import PhotoStatistics
 from ddad.errors import ConfigError, DataError, ModelError
+from ddad.prediction import PhotoStatistics
 from ddad.refit import recalibrate
 from ddad.server.guard import COOKIE, GuardSettings
 from ddad.server.hosting import LoadSettings, Version

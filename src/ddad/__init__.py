@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddad.calibration import Calibration
     from ddad.config import Settings, make_settings
-    from ddad.detector import Detector, Prediction
+    from ddad.detector import Detector
     from ddad.errors import ConfigError, DataError, DDADError, ModelError
     from ddad.evaluation import Evaluation, evaluate
     from ddad.fit import fit
+    from ddad.prediction import Prediction
     from ddad.report import write_report
 
 __version__ = "0.1.0"
@@ -36,7 +37,7 @@ _HOME = {
     "Detector": "detector",
     "Evaluation": "evaluation",
     "ModelError": "errors",
-    "Prediction": "detector",
+    "Prediction": "prediction",
     "Settings": "config",
     "evaluate": "evaluation",
     "fit": "fit",

@@ -1,4 +1,4 @@
-"""From photograph and reconstruction to a map of differences, a score and regions.
+"""From photograph and reconstruction to a map of differences and a score.
 
 D_p   pixel_distance     mean over channels of |y - x₀|
 D_f   feature_distance   1 - cosine, layer by layer, after 3 x 3 mean pooling
@@ -8,27 +8,12 @@ D     fuse               D_f + v · D_p, each in units of what good parts show
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
 from ddad.features import pool
-
-
-@dataclass(frozen=True)
-class Region:
-    """A connected group of anomalous pixels, in pixels of the photograph as it was given."""
-
-    box: tuple[int, int, int, int]
-    """Left, top, right, bottom; right and bottom are exclusive."""
-    area: int
-    """Pixels."""
-    peak: float
-    """Largest value of the anomaly map inside."""
 
 
 def pixel_distance(target: Tensor, reconstruction: Tensor) -> Tensor:
@@ -106,28 +91,3 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
 def image_score(anomaly_map: Tensor) -> Tensor:
     """The maximum of each map: (B, H, W) -> (B,)."""
     return anomaly_map.flatten(1).amax(dim=1)
-
-
-def regions(
-    anomaly_map: np.ndarray, limit: float, photo_size: tuple[int, int], max_regions: int = 20
-) -> tuple[Region, ...]:
-    """8-connected groups of pixels above `limit` in a map (H, W), strongest first, in a photograph's pixels."""
-    labels, count = ndimage.label(anomaly_map > limit, structure=np.ones((3, 3)))
-    if count == 0:
-        return ()
-    pixels_a_cell = photo_size[0] * photo_size[1] / anomaly_map.size
-    index = np.arange(1, count + 1)
-    peaks = ndimage.maximum(anomaly_map, labels, index)
-    areas = ndimage.sum_labels(np.ones_like(anomaly_map), labels, index)
-    boxes = ndimage.find_objects(labels)
-    found = []
-    for rows_columns, area, peak in zip(boxes, areas, peaks, strict=True):
-        rows, columns = rows_columns
-        box = (
-            columns.start * photo_size[1] // anomaly_map.shape[1],
-            rows.start * photo_size[0] // anomaly_map.shape[0],
-            -(-columns.stop * photo_size[1] // anomaly_map.shape[1]),
-            -(-rows.stop * photo_size[0] // anomaly_map.shape[0]),
-        )
-        found.append(Region(box, max(1, round(float(area) * pixels_a_cell)), float(peak)))
-    return tuple(sorted(found, key=lambda region: -region.peak)[:max_regions])

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ddad.anomaly_map import image_score, regions, smooth
+from ddad.anomaly_map import image_score, smooth
 from ddad.calibration import Calibration, Ranking, calibrate
 from ddad.data.samples import Dataset, Sample, paths_by_hash
-from ddad.detector import Detector, Prediction, chunks, in_threads
+from ddad.detector import Detector
 from ddad.errors import DataError
 from ddad.features import create_features, pool
 from ddad.images import ImageRule, read_image, read_photo
+from ddad.prediction import Prediction, regions
 from ddad.sampling import to_unit
+from ddad.streaming import chunks, in_threads
 
 MEMORY = 4096
 """Vectors remembered: about 1 % of the places of 500 images at 256 x 256; the paper loses next to nothing at 1 %."""

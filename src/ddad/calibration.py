@@ -20,8 +20,9 @@ from torch import Tensor
 from ddad import conformal
 from ddad.anomaly_map import fuse, smooth, standardise
 from ddad.config import Backend, Precision
-from ddad.drift import FALSE_ALARMS, WINDOW, DriftMonitor, PhotoStatistics
+from ddad.drift import FALSE_ALARMS, WINDOW, DriftMonitor
 from ddad.errors import DataError
+from ddad.prediction import PhotoStatistics
 
 PRIOR_IMAGES = 10
 """How many good images the global value counts for against the value at a place."""

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ddad import __version__
 from ddad.config import IMAGE_SIZE
-from ddad.errors import ConfigError, DataError, DDADError, Interrupted, ModelError
+from ddad.errors import ConfigError, DDADError, Interrupted, ModelError
 
 if TYPE_CHECKING:
     from ddad.data.check import CheckReport
@@ -234,32 +234,14 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Inspect photographs: scores, verdicts, heatmaps, overlays, reconstructions."""
-    from ddad.data.folder import list_images
+    from ddad.images import named_images
+    from ddad.results import print_results, write_results
 
-    paths: list[Path] = []
-    for path in images:
-        if not path.exists():
-            raise DataError(f"Expected an image or a folder at {path}, found nothing; check the path.")
-        paths += list_images(path) if path.is_dir() else [path]
-    if not paths:
-        raise DataError(f"Expected images in {', '.join(map(str, images))}, found none; name other folders.")
-    from ddad.results import write_results
-
+    paths = named_images(images)
     detector = _load(model, device, fast, backend, precision)
-    unreadable = flagged = 0
     with _Interruptible():
-        for row in write_results(detector, paths, out, batch_size=batch_size, workers=workers):
-            unreadable += row["error"] is not None
-            flagged += bool(row["is_anomalous"])
-            if as_json:
-                print(json.dumps(row, ensure_ascii=False))
-            else:
-                print(_sentence(row))
-    if not as_json:
-        print(
-            f"{len(paths)} images: {flagged} anomalous, {len(paths) - flagged - unreadable} not, "
-            f"{unreadable} unreadable. Written to {out}."
-        )
+        rows = write_results(detector, paths, out, batch_size=batch_size, workers=workers)
+        print_results(rows, out, as_json)
 
 
 @app.command()
@@ -723,14 +705,6 @@ def _print_calibrated(detector: "Detector", folder: Path) -> None:
     assert detector.calibration is not None
     print(detector.calibration.promise())
     print(f"Model written to {folder}.")
-
-
-def _sentence(row: dict[str, Any]) -> str:
-    if row["error"]:
-        return f"{row['path']}: not inspected. {row['error']}"
-    verdict = {True: "anomalous", False: "good", None: "no verdict"}[row["is_anomalous"]]
-    p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}"
-    return f"{row['path']}: {verdict} (score {row['anomaly_score']:.3f}{p_value})"
 
 
 def _print_evaluation(evaluation: "Evaluation", out: Path, as_json: bool) -> None:

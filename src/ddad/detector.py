@@ -5,14 +5,11 @@ import json
 import math
 import platform
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -24,13 +21,11 @@ from torch import Tensor
 
 from ddad import __version__
 from ddad.anomaly_map import (
-    Region,
     centre,
     feature_distance,
     fuse_batch_max,
     image_score,
     pixel_distance,
-    regions,
     smooth,
 )
 from ddad.backends import (
@@ -52,12 +47,13 @@ from ddad.calibration import (
     weighted,
 )
 from ddad.config import Backend, Precision, Settings, parse_settings
-from ddad.drift import PhotoStatistics, photo_statistics
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
 from ddad.files import atomic_folder, write_json, write_text
 from ddad.images import ImageRule, read_photo
-from ddad.sampling import match_level, reconstruct, to_unit
+from ddad.prediction import Photo, PhotoStatistics, Prediction, photo_statistics, regions
+from ddad.sampling import Noise, match_level, reconstruct, to_unit
+from ddad.streaming import chunks, in_batches
 from ddad.tiling import Tiles, Tiling
 from ddad.unet import choose_device, clean_from, load_scheduler, load_unet, predict, set_attention_heads
 
@@ -77,42 +73,7 @@ FOLDS = 10
 MOST_TILES = 8
 """Tiles that go through the networks together, or as many as there are images: what they need of memory is bounded."""
 PACKAGES = ("torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the detector says of one photograph. H x W is the model's shape."""
-
-    path: str | None
-    anomaly_score: float
-    """Peak of the anomaly map; 1 is what a good part typically reaches (without calibration: no unit)."""
-    p_value: float | None
-    """Share of good parts that look at least this anomalous; None without calibration."""
-    is_anomalous: bool | None
-    """The verdict at the calibrated threshold; None without calibration."""
-    threshold: float | None
-    anomaly_map: np.ndarray
-    """(H, W) float32, ≥ 0."""
-    reconstruction: np.ndarray
-    """(H, W, 3) uint8: the photograph as it would look without a defect."""
-    image: np.ndarray
-    """(H, W, 3) uint8: the photograph as the model sees it."""
-    regions: tuple[Region, ...]
-    """Anomalous regions in the photograph's own pixels, strongest first."""
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photograph, read for a model."""
-
-    path: str | None
-    image: np.ndarray
-    """uint8 (H, W, 3), the model's shape."""
-    size: tuple[int, int]
-    """Height and width of the photograph itself, to which regions refer."""
 
 
 class Detector:
@@ -253,13 +214,24 @@ class Detector:
         conditioning_weight: float,
         draw: int,
     ) -> Tensor:
-        sampling, networks = self.settings.sampling, self._networks
-        target = to_unit(images, self.device)
         generators = [_generator(image, draw) for image in images]
 
         def noise(like: Tensor) -> Tensor:
             draws = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
             return torch.stack(draws).to(like)
+
+        return self.rebuild(
+            to_unit(images, self.device),
+            noise,
+            start=None if start is None else to_unit(start, self.device),
+            conditioning_weight=conditioning_weight,
+        )
+
+    def rebuild(
+        self, target: Tensor, noise: Noise | None = None, *, start: Tensor | None = None, conditioning_weight: float
+    ) -> Tensor:
+        """Reconstructions of tiles (B, 3, h, w) in [-1, 1], as tensors; arguments as of `sampling.reconstruct`."""
+        sampling, networks = self.settings.sampling, self._networks
 
         def denoiser(sample: Tensor, timestep: int) -> Tensor:
             timesteps = torch.full((len(sample),), timestep, device=sample.device)
@@ -278,7 +250,7 @@ class Detector:
             eta=sampling.eta,
             noise=noise,
             start_noise=sampling.start_noise == "seeded",
-            start=None if start is None else to_unit(start, self.device),
+            start=start,
         )
         return match_level(reconstruction, target) if sampling.match_level else reconstruction
 
@@ -289,9 +261,11 @@ class Detector:
         Returns:
             The pixel distance and one feature distance a layer, not smoothed, (B, K, H, W).
         """
-        target = to_unit(images, self.device)
+        return self.difference(to_unit(images, self.device), reconstruction, self._tiles_together(len(images)))
+
+    def difference(self, target: Tensor, reconstruction: Tensor, together: int) -> Tensor:
+        """`distances` of images that are tensors (B, 3, H, W) in [-1, 1]; `together` tiles at a time."""
         of_pixels = pixel_distance(target, reconstruction)[:, None]
-        together = self._tiles_together(len(images))
         pairs = zip(*(self.tiling.cut(one).split(together) for one in (target, reconstruction)), strict=True)
         of_features = self.tiling.blend(torch.cat([self._feature_distances(*pair) for pair in pairs]))
         return torch.cat([of_pixels, of_features], dim=1)
@@ -411,6 +385,11 @@ class Detector:
         self.calibration = ranked.model_copy(update={"backend": self.backend, "precision": self.precision})
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether 1 is what a good part's peak typically is; else maps have no unit."""
+        return self.calibration is not None
+
+    @property
     def warning(self) -> str | None:
         """A sentence where the model was calibrated in another precision than it runs in: the promise then lapses."""
         known = self.calibration
@@ -479,20 +458,9 @@ class Detector:
         the network. `batch_max` fuses as published, for comparison only: scores then depend on the batch, and there is
         no verdict.
         """
-        pending: list[tuple[ImageSource, Photo | DataError]] = []
-
-        def flush() -> Iterator[tuple[ImageSource, Prediction | DataError]]:
-            ready = [item for _, item in pending if not isinstance(item, DataError)]
-            predictions = iter(self.predict_photos(ready, batch_max))
-            for source, item in pending:
-                yield source, item if isinstance(item, DataError) else next(predictions)
-            pending.clear()
-
-        for source, item in in_threads(self._read, images, workers, ahead=2 * batch_size):
-            pending.append((source, item))
-            if len(pending) >= batch_size:
-                yield from flush()
-        yield from flush()
+        return in_batches(
+            images, self._read, lambda photos: self.predict_photos(photos, batch_max), batch_size, workers
+        )
 
     def _read(self, source: ImageSource) -> Photo | DataError:
         try:
@@ -577,7 +545,7 @@ class Detector:
             "shape": self.shape,
             "settings": self.settings.model_dump(mode="json"),
             "calibration": self.calibration and self.calibration.model_dump(mode="json"),
-            "image_rule": self.image_rule.model_dump(mode="json"),
+            "image_rule": asdict(self.image_rule),
             "versions": package_versions(),
             "files": _file_hashes(folder),
             **self.record,
@@ -628,7 +596,7 @@ class Detector:
             known: dict[str, Any] = {
                 "calibration": calibration and Calibration.model_validate(calibration),
                 "statistics": PositionStatistics(**stored) if stored else None,
-                "image_rule": ImageRule.model_validate(record.pop("image_rule")),
+                "image_rule": ImageRule(**record.pop("image_rule")),
                 "record": {
                     key: value for key, value in record.items() if key not in ("format_version", "versions", "files")
                 },
@@ -770,25 +738,3 @@ def _looked_at(images: Iterable[np.ndarray], seen: list[PhotoStatistics]) -> Ite
     for image in images:
         seen.append(photo_statistics(image))
         yield image
-
-
-def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of at most `size` items, in order."""
-    remaining = iter(items)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
-
-
-def in_threads(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
-) -> Iterator[tuple[Item, Result]]:
-    """Items and what threads made of them, in order, never more than `ahead` before they are used."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        queue: deque[tuple[Item, Future[Result]]] = deque()
-        for item in items:
-            queue.append((item, pool.submit(work, item)))
-            if len(queue) > ahead:
-                first, future = queue.popleft()
-                yield first, future.result()
-        for first, future in queue:
-            yield first, future.result()

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddad.errors import ConfigError, DataError
+from ddad.prediction import PhotoStatistics
 
 WINDOW = 50
 FALSE_ALARMS = 1e-4
@@ -33,23 +34,6 @@ FALSE_ALARMS = 1e-4
 
 Quantity = Literal["scores", "brightness", "focus", "framing"]
 _Row = tuple[float, float, float, float, float]  # the score, then PhotoStatistics
-
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
-_STEP = 1.0  # grey levels between neighbours that count half as detail
-_FLAT = 0.1  # grey levels: keeps the logarithm finite where a photograph is flat
-
-
-class PhotoStatistics(NamedTuple):
-    """What one photograph looks like, whatever the part."""
-
-    brightness: float
-    """Mean grey, 0 to 255."""
-    focus: float
-    """Fineness of the detail, a natural logarithm: less is blurrier. Neither gain nor offset of the grey matters."""
-    horizontal: float
-    """Where the detail lies on average, in shares of the width: 0 is left, 1 right."""
-    vertical: float
-    """The same in shares of the height: 0 is top, 1 bottom."""
 
 
 class Alarm(BaseModel):
@@ -97,49 +81,6 @@ _WORDINGS = (
     _Wording("framing", "horizontal place", "show detail further left", "show detail further right", _PLACE),
     _Wording("framing", "vertical place", "show detail further up", "show detail further down", _PLACE),
 )
-
-
-def photo_statistics(image: NDArray[np.uint8]) -> PhotoStatistics:
-    """Brightness, focus and framing of one photograph, uint8 (H, W, 3), H and W at least 3, as the detector sees it.
-
-    Focus is the mean absolute Laplacian over the mean absolute difference of neighbours: blur takes the finest detail
-    first. Both operators are in the survey by Pertuz et al. ("Analysis of focus measure operators for
-    shape-from-focus", Pattern Recognition 46, 2013). The usual variance of the Laplacian over the variance of the grey
-    (Pech-Pacheco et al., ICPR 2000) also falls when light becomes uneven or a border enters the picture, and squares
-    leave the word to a few strong edges.
-
-    Framing is the mean place of horizontal detail across the width, vertical down the height. Neighbours d grey levels
-    apart weigh d² / (d² + 1). So faint texture counts nearly like an edge, and an empty strip, flat or black, counts
-    nothing although its own edge may be the strongest of all. Where a texture fills the picture, an empty strip moves
-    the place by about half its width, in the direction the picture moved; a part before an even background moves it
-    by all of it.
-
-    Raises DataError for anything but such an image.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 3:
-        raise DataError(
-            "Expected a uint8 image of shape (height, width, 3), both at least 3 pixels, found "
-            f"{image.dtype} {image.shape}; read it with ddad.images.read_image."
-        )
-    grey = image.astype(np.float32) @ _LUMA  # (H, W)
-    across, down = np.diff(grey, axis=1), np.diff(grey, axis=0)  # (H, W-1), (H-1, W)
-    laplacian = np.diff(across, axis=1)[1:-1] + np.diff(down, axis=0)[:, 1:-1]  # (H-2, W-2)
-    gradient = np.abs(across).mean() + np.abs(down).mean()
-    return PhotoStatistics(
-        brightness=float(grey.mean()),
-        focus=math.log((np.abs(laplacian).mean() + _FLAT) / (gradient + _FLAT)),
-        horizontal=_place(across),
-        vertical=_place(down.T),
-    )
-
-
-def _place(differences: NDArray[np.float32]) -> float:
-    """Mean place of the detail along the last axis, 0 to 1; the middle where there is none."""
-    energy = differences**2
-    weights = (energy / (energy + _STEP**2)).sum(axis=0, dtype=np.float64)  # one per gap between neighbours
-    total = weights.sum()
-    places = np.arange(1, len(weights) + 1) / (len(weights) + 1)
-    return float(places @ weights / total) if total > 0 else 0.5
 
 
 class DriftMonitor:

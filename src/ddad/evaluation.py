@@ -44,7 +44,7 @@ from ddad.metrics import (
 
 if TYPE_CHECKING:
     from ddad.data.samples import Sample
-    from ddad.detector import Prediction
+    from ddad.prediction import Prediction
 
 METRICS = (
     "image_auroc",

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,7 +24,6 @@ from PIL import (
     TiffImagePlugin,
     WebPImagePlugin,
 )
-from pydantic import BaseModel, Field
 
 from ddad.errors import ConfigError, DataError
 from ddad.files import write_bytes
@@ -32,6 +32,7 @@ Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
 FORMATS = "PNG, JPEG, BMP, TIFF or WebP"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CLASS_IDS = 32
 """A mask whose largest whole number is below this holds ids of classes, not brightness."""
 
@@ -49,14 +50,19 @@ _SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 )
 
 
-class ImageRule(BaseModel, frozen=True, extra="forbid"):
+@dataclass(frozen=True)
+class ImageRule:
     """How integer images deeper than 8 bit become 8 bit: 0 is black, `white` is white, linear between.
 
     Stored with the model, so that a part looks the same in training and in use. Values above `white` are refused, not
     clipped: a clipped highlight is a defect nobody sees.
     """
 
-    white: int = Field(default=65535, ge=1, le=65535)
+    white: int = 65535
+
+    def __post_init__(self) -> None:
+        if not (type(self.white) is int and 1 <= self.white <= 65535):
+            raise ConfigError(f"Expected a white level from 1 to 65535, found {self.white!r}; use 65535 for 16 bit.")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,48 @@ class ImageInfo:
     bits: int  # 8, 16 or 32
     format: str  # "PNG", "JPEG", "BMP", "TIFF" or "WEBP"
     frames: int  # 1 for a plain picture; more for an animation or a TIFF file of several pages
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Image files in a folder and its sub-folders, by their endings, sorted by relative path; hidden ones left out.
+
+    Raises DataError when the folder is missing or is a file.
+    """
+    folder = check_folder(folder)
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    visible = [path for path in found if not any(is_hidden(part) for part in path.relative_to(folder).parts)]
+    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def named_images(paths: Iterable[Path]) -> list[Path]:
+    """The image files that a user named: files as they are, and what `list_images` finds in folders.
+
+    Raises DataError where one is missing, or there is none in all.
+    """
+    paths = list(paths)
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"Expected an image or a folder at {path}, found nothing; check the path.")
+        found += list_images(path) if path.is_dir() else [path]
+    if not found:
+        raise DataError(f"Expected images in {', '.join(map(str, paths))}, found none; name other folders.")
+    return found
+
+
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder; raises DataError where there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: expected a folder of images, but there is none of this name; check the path.")
+    if not path.is_dir():
+        raise DataError(f"{path}: expected a folder of images, but found a file; name the folder that holds it.")
+    return path
+
+
+def is_hidden(name: str) -> bool:
+    """Whether nobody means the file or folder of this name: a dot file, or what an archive left."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def probe(path: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> ImageInfo:
@@ -113,7 +161,7 @@ def fit_image_rule(paths: Iterable[str | os.PathLike[str]], max_pixels: int = MA
 def read_image(
     source: Source,
     size: tuple[int, int] | None = None,
-    rule: ImageRule = ImageRule(),  # noqa: B008 (frozen)
+    rule: ImageRule = ImageRule(),
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Any image as uint8 RGB of shape (H, W, 3), turned upright by its EXIF orientation.

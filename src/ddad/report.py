@@ -18,12 +18,13 @@ from ddad.baseline import fit_baseline
 from ddad.conformal import chance_of
 from ddad.data.folder import scan
 from ddad.data.samples import Dataset, Sample
-from ddad.detector import Detector, Prediction
+from ddad.detector import Detector
 from ddad.errors import DataError
 from ddad.evaluation import Evaluation, Example, MeanImageBaseline, Row, evaluate, with_baseline
 from ddad.files import write_text
 from ddad.images import read_image
 from ddad.metrics import RESAMPLES
+from ddad.prediction import Prediction
 
 METRIC_NAMES = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one; 0.5 is guessing"),

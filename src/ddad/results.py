@@ -4,22 +4,37 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ddad.detector import Detector, Prediction, in_threads
-from ddad.drift import photo_statistics
 from ddad.errors import DataError
-from ddad.images import heatmap, overlay, read_image, reduced_size, resize, write_png
+from ddad.images import ImageRule, heatmap, overlay, read_image, reduced_size, resize, write_png
+from ddad.prediction import Prediction, photo_statistics
+from ddad.streaming import in_threads
 
 PICTURES = ("heatmap", "overlay", "reconstruction")
 MAX_PICTURE_SIDE = 1024
 """Pixels of the longer side; larger photographs are drawn reduced."""
 
 
+class Inspector(Protocol):
+    """What inspects: a `Detector`, or a `Runtime`."""
+
+    image_rule: ImageRule
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether 1 is what a good part's peak typically is; else maps have no unit."""
+
+    def stream(
+        self, images: Iterable[Path], batch_size: int, workers: int
+    ) -> Iterator[tuple[Any, Prediction | DataError]]:
+        """Each image with its prediction, or the reason why there is none."""
+
+
 def write_results(
-    detector: Detector, images: Iterable[Path], out: Path, *, batch_size: int = 4, workers: int = 1
+    detector: Inspector, images: Iterable[Path], out: Path, *, batch_size: int = 4, workers: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Inspect photographs; write `results.jsonl` under `out`, and a heatmap, an overlay and the reconstruction each.
 
@@ -80,6 +95,30 @@ def to_row(path: Path | str, result: Prediction | DataError) -> dict[str, Any]:
     }
 
 
+def sentence(row: dict[str, Any]) -> str:
+    """One line of `results.jsonl` for people."""
+    if row["error"]:
+        return f"{row['path']}: not inspected. {row['error']}"
+    verdict = {True: "anomalous", False: "good", None: "no verdict"}[row["is_anomalous"]]
+    p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}"
+    return f"{row['path']}: {verdict} (score {row['anomaly_score']:.3f}{p_value})"
+
+
+def print_results(rows: Iterable[dict[str, Any]], out: Path, as_json: bool) -> None:
+    """Print rows as they come, as sentences with a summary in the end, or as JSON."""
+    images = unreadable = flagged = 0
+    for row in rows:
+        images += 1
+        unreadable += row["error"] is not None
+        flagged += bool(row["is_anomalous"])
+        print(json.dumps(row, ensure_ascii=False) if as_json else sentence(row))
+    if not as_json:
+        print(
+            f"{images} images: {flagged} anomalous, {images - flagged - unreadable} not, {unreadable} unreadable. "
+            f"Written to {out}."
+        )
+
+
 def read_results(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a `results.jsonl`.
 
@@ -107,7 +146,7 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _write_pictures(detector: Detector, path: Path, prediction: Prediction, out: Path, name: str) -> dict[str, str]:
+def _write_pictures(detector: Inspector, path: Path, prediction: Prediction, out: Path, name: str) -> dict[str, str]:
     photo = read_image(path, rule=detector.image_rule)
     photo = resize(photo, reduced_size(photo.shape[0], photo.shape[1], MAX_PICTURE_SIDE))
     pictures = draw(detector, photo, prediction)
@@ -117,10 +156,10 @@ def _write_pictures(detector: Detector, path: Path, prediction: Prediction, out:
     return files
 
 
-def draw(detector: Detector, photo: np.ndarray, prediction: Prediction) -> dict[str, np.ndarray]:
+def draw(detector: Inspector, photo: np.ndarray, prediction: Prediction) -> dict[str, np.ndarray]:
     """The pictures of one inspection by kind, uint8 of the shape of `photo` (H, W, 3), with one scale of colours."""
     limit = prediction.threshold or 1.0  # 1 is what a good part's peak typically is
-    if detector.calibration is None:  # no unit: each picture on a scale of its own
+    if not detector.is_calibrated:  # no unit: each picture on a scale of its own
         limit = max(float(np.quantile(prediction.anomaly_map, 0.95)), 1e-6)
     shape = photo.shape[0], photo.shape[1]
     anomaly_map = resize(prediction.anomaly_map, shape)

@@ -11,26 +11,14 @@ from pathlib import Path
 
 from ddad.data.samples import GOOD, Dataset, Sample
 from ddad.errors import DataError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-
-
-def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Image files in a folder and its sub-folders, by their endings, sorted by relative path; hidden ones left out.
-
-    Raises DataError when the folder is missing or is a file.
-    """
-    folder = _folder(folder)
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-    visible = [path for path in found if not any(_hidden(part) for part in path.relative_to(folder).parts)]
-    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+from ddad.images import SUFFIXES, check_folder, is_hidden, list_images
 
 
 def list_kinds(folder: Path) -> list[str]:
     """Names of the visible sub-folders, sorted; none where the folder does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def masks_by_image(folder: Path) -> dict[str, Path]:
@@ -51,7 +39,7 @@ def scan(root: str | os.PathLike[str]) -> Dataset:
     A folder with `train` in it is read in MVTec layout: `test` and `ground_truth` may be absent. Any other folder holds
     good images only, in sub-folders too. Raises DataError where the layout is neither, or has no good images.
     """
-    root = _folder(root)
+    root = check_folder(root)
     category = root.resolve().name
     kinds = list_kinds(root)
     if "train" not in kinds:
@@ -79,23 +67,10 @@ def scan(root: str | os.PathLike[str]) -> Dataset:
     return Dataset(root, category, train, tuple(test))
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _folder(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: expected a folder of images, but there is none of this name; check the path.")
-    if not path.is_dir():
-        raise DataError(f"{path}: expected a folder of images, but found a file; name the folder that holds it.")
-    return path
-
-
 def _some_images(folder: Path) -> list[Path]:
     images = list_images(folder)
     if not images:
-        others = sorted(path.name for path in folder.rglob("*") if path.is_file() and not _hidden(path.name))
+        others = sorted(path.name for path in folder.rglob("*") if path.is_file() and not is_hidden(path.name))
         found = f"only other files such as {others[0]}" if others else "none"
         raise DataError(
             f"{folder}: expected images of good parts ({', '.join(SUFFIXES)}), but found {found}; "

@@ -56,7 +56,7 @@ class Inspection:
     width: int
     regions: list[dict[str, Any]]
     photo: dict[str, float]
-    """`ddad.drift.PhotoStatistics` by name."""
+    """`ddad.prediction.PhotoStatistics` by name."""
     pictures: tuple[str, ...] = ()
     """Kinds of picture that `History.picture` has, such as "photo" or "heatmap"."""
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from ddad.calibration import Calibration
 from ddad.config import Backend, Precision
-from ddad.detector import Detector, Photo, Prediction, check_files
-from ddad.drift import Alarm, DriftMonitor, PhotoStatistics
+from ddad.detector import Detector, check_files
+from ddad.drift import Alarm, DriftMonitor
 from ddad.errors import ConfigError, DataError, ModelError
+from ddad.prediction import Photo, PhotoStatistics, Prediction
 from ddad.server.batching import Batcher, BatchSettings
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from ddad import results
-from ddad.detector import Photo
-from ddad.drift import PhotoStatistics, Quantity, photo_statistics
+from ddad.drift import Quantity
 from ddad.errors import ConfigError, DataError
 from ddad.images import encode_jpeg, encode_png
+from ddad.prediction import Photo, PhotoStatistics, photo_statistics
 from ddad.server.batching import BatchSettings
 from ddad.server.decoding import Decoded, Decoders, Limits
 from ddad.server.history import History, Inspection
