@@ -234,7 +234,7 @@ class Detector:
         sampling, networks = self.settings.sampling, self._networks
 
         def denoiser(sample: Tensor, timestep: int) -> Tensor:
-            timesteps = torch.full((len(sample),), timestep, device=sample.device)
+            timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 output = networks.denoise(sample, timesteps).float()
             return clean_from(output, sample, networks.alphas_cumprod[timestep], networks.prediction_type)
@@ -273,7 +273,7 @@ class Detector:
     def _feature_distances(self, target: Tensor, reconstruction: Tensor) -> Tensor:
         """One distance a layer of tiles (B, 3, h, w) in [-1, 1] and their reconstructions: (B, layers, h, w)."""
         scoring = self.settings.scoring
-        count = len(target)
+        count = target.shape[0]
         distances = [
             feature_distance(
                 layer[:count],

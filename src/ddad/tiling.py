@@ -56,7 +56,7 @@ class Tiling(NamedTuple):
         weight = _ramp(self.tile[0])[:, None] * _ramp(self.tile[1])
         weight = weight.to(tiles)
         by_canvas = tiles.unflatten(0, (-1, self.number))
-        total = tiles.new_zeros(len(by_canvas), tiles.shape[1], *self.canvas)
+        total = tiles.new_zeros(by_canvas.shape[0], tiles.shape[1], *self.canvas)
         weights = tiles.new_zeros(self.canvas)
         for index, (rows, columns) in enumerate(self.windows):
             total[..., rows, columns] += weight * by_canvas[:, index]
