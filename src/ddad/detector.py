@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddad import __version__
+from ddad import __version__, hub
 from ddad.anomaly_map import (
     centre,
     feature_distance,
@@ -46,6 +47,7 @@ from ddad.calibration import (
     fit_units,
     weighted,
 )
+from ddad.card import model_card
 from ddad.config import Backend, Precision, Settings, parse_settings
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
@@ -64,6 +66,7 @@ FORMAT_VERSION = 1
 RECORD = "detector.json"
 OF_THE_FOLDER = ("format_version", "versions", "files")
 """What of the record is written anew with each folder."""
+CARD = "README.md"
 STATISTICS = "statistics.safetensors"
 PARTS = ("unet", "scheduler", "features", STATISTICS)
 STUDENT = "fast"
@@ -261,16 +264,14 @@ class Detector:
         Returns:
             The pixel distance and one feature distance a layer, not smoothed, (B, K, H, W).
         """
-        return self.difference(to_unit(images, self.device), reconstruction, self._tiles_together(len(images)))
-
-    def difference(self, target: Tensor, reconstruction: Tensor, together: int) -> Tensor:
-        """`distances` of images that are tensors (B, 3, H, W) in [-1, 1]; `together` tiles at a time."""
+        target = to_unit(images, self.device)
         of_pixels = pixel_distance(target, reconstruction)[:, None]
+        together = self._tiles_together(len(images))
         pairs = zip(*(self.tiling.cut(one).split(together) for one in (target, reconstruction)), strict=True)
-        of_features = self.tiling.blend(torch.cat([self._feature_distances(*pair) for pair in pairs]))
+        of_features = self.tiling.blend(torch.cat([self.feature_distances(*pair) for pair in pairs]))
         return torch.cat([of_pixels, of_features], dim=1)
 
-    def _feature_distances(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+    def feature_distances(self, target: Tensor, reconstruction: Tensor) -> Tensor:
         """One distance a layer of tiles (B, 3, h, w) in [-1, 1] and their reconstructions: (B, layers, h, w)."""
         scoring = self.settings.scoring
         count = target.shape[0]
@@ -509,7 +510,6 @@ class Detector:
     def save_pretrained(
         self,
         folder: str | Path,
-        card: str | None = None,
         extra: Mapping[str, Path] | None = None,
         student: "Detector | None" = None,
     ) -> None:
@@ -517,7 +517,6 @@ class Detector:
 
         Args:
             folder: where to; written under a temporary name first, then renamed.
-            card: text of the model card (`README.md`).
             extra: other files to copy into it, by name.
             student: the model's one-call student, written into it.
 
@@ -527,14 +526,32 @@ class Detector:
         folder = Path(folder)
         check_place(folder)
         with atomic_folder(folder) as temporary:
-            self._write(temporary)
+            record = self._write(temporary)
             for name, file in (extra or {}).items():
                 shutil.copyfile(file, temporary / name)
-            write_text(temporary / "README.md", card or "# ddad model\n")
-            if student:
-                student._write(temporary / STUDENT)
+            learned = student._write(temporary / STUDENT) if student else None
+            write_text(temporary / CARD, model_card(record, learned))
 
-    def _write(self, folder: Path) -> None:
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        student: "Detector | None" = None,
+        private: bool = True,
+        revision: str | None = None,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the model to the Hugging Face hub, as `save_pretrained` writes it; arguments as of `push_folder`."""
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder, student=student)
+            return push_folder(
+                folder, name, metrics=metrics, private=private, revision=revision, message=message, token=token
+            )
+
+    def _write(self, folder: Path) -> dict[str, Any]:
         self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
         self.features.save(folder / "features")
@@ -551,30 +568,35 @@ class Detector:
             **self.record,
         }
         write_json(folder / RECORD, record)
+        return record
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        model: str | Path,
         device: str | torch.device | None = None,
         *,
+        revision: str | None = None,
         fast: bool = False,
         backend: Backend | None = None,
         precision: Precision | None = None,
     ) -> "Detector":
-        """Load a model folder.
+        """Load a model folder, or a model of the Hugging Face hub.
 
         Args:
+            model: the folder; or `owner/name` on the hub, whose files are fetched once and checked against the hashes
+                in `detector.json`. Only weights and settings are fetched, never code.
+            revision: a branch, a tag or a commit on the hub; `owner/name@revision` says the same.
             fast: the one-call student in it, made by `ddad distill`, instead of the model itself.
             backend: what computes the networks; all but `torch` take up to a minute when first used with a model.
             precision: of the networks, as `Detector.precision`. By default both are as in calibration where that was in
                 bf16, else `torch` and fp32.
 
         Raises:
-            ModelError: the folder is missing, incomplete or of a newer format, or has no student.
+            ModelError: the model is missing, incomplete or of a newer format, or has no student.
             ConfigError: the backend is not installed, or cannot do what is asked.
         """
-        folder = Path(folder)
+        folder = model_folder(model, revision)
         record = read_record(folder)
         if fast:
             folder /= STUDENT
@@ -677,6 +699,72 @@ def read_record(folder: Path) -> dict[str, Any]:
     if found != FORMAT_VERSION:
         raise ModelError(f"Expected model format {FORMAT_VERSION} in {path}, found {found}; update ddad.")
     return record
+
+
+def model_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: the one that `model` names, or the one it is fetched to, as `Detector.from_pretrained`.
+
+    Raises:
+        ModelError: the hub has no such model, or its files are not those that it records.
+        ConfigError: a revision of a folder.
+    """
+    named = hub.parse_name(model, revision)
+    if named is None:
+        return Path(model)
+    folder = hub.download(*named)
+    for part in (folder, folder / STUDENT):
+        if (part / RECORD).is_file() and read_record(part).get("files"):
+            check_files(part)
+    return folder
+
+
+def push_folder(
+    folder: str | Path,
+    name: str,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a model folder to the Hugging Face hub, in one commit; an older model there is replaced.
+
+    What is uploaded: weights, settings, calibration scores, and of the good photographs their hashes, brightness, focus
+    and framing. No photograph is; but the weights know what the product looks like. The card is written anew.
+
+    Args:
+        folder: as `Detector.save_pretrained` writes it.
+        name: `owner/name`.
+        metrics: the contents of the `metrics.json` of `ddad evaluate`, for the card.
+        private: whether a repository that is not there yet becomes private; one that is there stays as it is.
+        revision: a branch, made where it is not there yet.
+        message: of the commit.
+        token: of the hub; by default that of `hf auth login`, or HF_TOKEN.
+
+    Returns:
+        The hash of the commit, which can be given as a revision.
+
+    Raises:
+        ModelError: there is no model, or a file is not the one that it records.
+        ConfigError: metrics of another model, or a repository that cannot be written.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    student = read_record(folder / STUDENT) if (folder / STUDENT / RECORD).is_file() else None
+    for part, known in ((folder, record), (folder / STUDENT, student)):
+        if known and known.get("files"):
+            check_files(part)
+    if metrics:
+        same = parse_settings(metrics["settings"]) == parse_settings(record["settings"])
+        if not same or metrics["threshold"] not in (None, (record["calibration"] or {}).get("threshold")):
+            raise ConfigError(
+                f"Expected the metrics of the model in {folder} itself, found those of another one, of its student, or "
+                "from before it was calibrated again; run ddad evaluate on it."
+            )
+    files: dict[str, Path | bytes] = {file: folder / file for file in hub.FILES if (folder / file).is_file()}
+    files[CARD] = model_card(record, student, metrics, name).encode()
+    return hub.upload(name, files, private=private, revision=revision, message=message, token=token)
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
