@@ -14,7 +14,8 @@ from ddad.config import make_settings
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import create_features
-from ddad.unet import create_scheduler, create_unet
+from ddad.unet import clean_from, create_scheduler, create_unet, predict
+from snippets import ROOT, blocks
 
 SHAPE = (64, 64)
 
@@ -192,20 +193,27 @@ def test_a_defect_where_good_parts_vary_counts_less(features):
     assert scores["standardise"] > 1.2 * scores["none"]
 
 
-def test_parts_load_in_plain_diffusers(features, tmp_path):
-    from diffusers import DDIMScheduler, UNet2DModel
-
+@pytest.mark.parametrize("preset", ["xs", "s", pytest.param("base", marks=pytest.mark.slow)])
+def test_parts_load_in_plain_diffusers(features, tmp_path, monkeypatch, preset):
+    """With the very lines of docs/hub.md: same outputs, and a scheduler whose step is ours."""
     torch.manual_seed(0)
-    unet = create_unet("xs").eval()
-    settings = make_settings("xs")
-    Detector(unet, create_scheduler("v_prediction"), features, settings, SHAPE).save_pretrained(tmp_path / "model")
-    plain = UNet2DModel.from_pretrained(tmp_path / "model", subfolder="unet").eval()
-    scheduler = DDIMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler")
-    sample = torch.randn(1, 12, 32, 32)
+    settings = make_settings(preset)
+    unet, scheduler = create_unet(settings.network.architecture), create_scheduler("v_prediction")
+    Detector(unet, scheduler, features, settings, SHAPE, device="cpu").save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    page: dict = {}
+    snippet = blocks(ROOT / "docs" / "hub.md")[-1].text
     with torch.no_grad():
-        torch.testing.assert_close(plain(sample, 5).sample, unet(sample, 5).sample)
-    assert scheduler.config.prediction_type == "v_prediction"
-    assert scheduler.config.clip_sample is False
+        exec(snippet.replace("128, 128", "64, 64"), page)
+        ours = Detector.from_pretrained("model", device="cpu")
+        expected = predict(ours.unet, page["sample"], torch.tensor(160))
+    assert torch.equal(page["output"], expected)
+    assert page["unet"].config.in_channels == (12 if preset == "xs" else 3)
+    assert page["scheduler"].config == ours.scheduler.config
+    page["scheduler"].set_timesteps(5)
+    found = page["scheduler"].step(page["output"], 160, page["sample"]).pred_original_sample
+    alpha = ours.scheduler.alphas_cumprod[160]
+    torch.testing.assert_close(found, clean_from(expected, page["sample"], alpha, "v_prediction"))
 
 
 def test_the_published_head_count_is_set_after_loading(features, tmp_path):

@@ -1,26 +1,10 @@
 """What the documents name exists. pytest tests/test_docs.py"""
 
-import importlib
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def resolve(name: str) -> object:
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found: object = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[length:]:
-            found = getattr(found, part)
-        return found
-    raise ModuleNotFoundError(name)
+from snippets import DOCUMENTS, resolve
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

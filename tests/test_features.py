@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ddad.data.demo import render_part
 from ddad.errors import ConfigError, ModelError
-from ddad.features import FeatureExtractor, create_features, pool
+from ddad.features import FeatureExtractor, create_features, pool, weights_license
 
 
 def draw(*shape, seed=0):
@@ -84,6 +84,10 @@ def test_saved_and_loaded(tmp_path):
     with torch.no_grad():
         for one, two in zip(extractor(image), FeatureExtractor.load(tmp_path)(image), strict=True):
             assert torch.equal(one, two)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "hf-hub:somebody/network"}))
+    with pytest.raises(ModelError, match=r"found something else \(timm knows no network 'hf-hub:somebody/network'\)"):
+        FeatureExtractor.load(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelError, match=r"Expected a feature extractor \(config.json and model.safetensors\) in"):
         FeatureExtractor.load(tmp_path)
@@ -138,6 +142,13 @@ def test_without_a_network_the_answer_comes_at_once(monkeypatch, tmp_path):
     assert constants.HF_HUB_OFFLINE is False
     assert message.endswith("or --features local-dir:FOLDER.")
     assert "\n" not in message
+
+
+def test_the_licence_of_the_weights_is_what_timm_records(tmp_path):
+    assert weights_license("efficientnet-lite2") == "apache-2.0"
+    assert weights_license("wide_resnet101_2.tv_in1k") == "bsd-3-clause"
+    assert weights_license("convnextv2_tiny.fcmae_ft_in1k") == "cc-by-nc-4.0"
+    assert weights_license(f"local-dir:{tmp_path}") is None
 
 
 def test_pooling_averages_existing_neighbours():

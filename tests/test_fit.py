@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddad.config import make_settings
 from ddad.data.samples import content_hash
@@ -167,9 +168,14 @@ def test_features_are_adapted_within_training(tmp_path, monkeypatch):
         pixels = np.clip(120 + 15 * np.random.default_rng(i).standard_normal((32, 32, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(photos / f"{i:02d}.png")
     said = []
-    out = fit(photos, tmp_path / "model", tiny(adaptation={"epochs": 1}), steps=2, on_stage=said.append)
+    trackers = {"log_with": ["tensorboard"], "log_dir": tmp_path / "logs"}
+    out = fit(photos, tmp_path / "model", tiny(adaptation={"epochs": 1}), steps=2, on_stage=said.append, **trackers)
     adaptation = read_record(out)["adaptation"]
     assert [entry["epoch"] for entry in adaptation["history"]] == [0, 1]
+    events = EventAccumulator(str(tmp_path / "logs" / "model")).Reload()
+    for name in ("loss", "synthetic_auroc"):
+        expected = [(one["epoch"], pytest.approx(one[name])) for one in adaptation["history"] if one[name] is not None]
+        assert [(event.step, event.value) for event in events.Scalars(f"adaptation.{name}")] == expected
     assert adaptation["said"] in said
     assert adaptation["said"] in (out / "README.md").read_text()
     # The detector in use is the one that was judged: calibration scores are those of its features.

@@ -12,12 +12,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,12 +23,13 @@ from torch import Tensor, nn
 
 from ddad.config import Backend, Precision
 from ddad.errors import ConfigError
-from ddad.files import atomic_folder
+from ddad.files import atomic_folder, sha256
+from ddad.runtime import load_graph
 from ddad.unet import parse_device, predict
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 WITH_GRAPHS: tuple[Backend, ...] = ("onnxruntime", "openvino")
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Of the graphs in the cache; another number, and they are made again."""
 _OPSET = 20
 _UNET, _FEATURES, _SCHEDULE = "unet.onnx", "features.onnx", "schedule.safetensors"
@@ -111,8 +110,8 @@ class Graphs(NamedTuple):
 
     def load(self, backend: Backend, precision: Precision) -> Networks:
         """The networks in `onnxruntime` or `openvino`, on the CPU, with as many threads as PyTorch has."""
-        run = _onnxruntime if backend == "onnxruntime" else _openvino
-        unet, features = (run(self.folder / name, precision) for name in (_UNET, _FEATURES))
+        threads = torch.get_num_threads()
+        unet, features = (load_graph(self.folder / name, backend, precision, threads) for name in (_UNET, _FEATURES))
         with safe_open(self.folder / _SCHEDULE, framework="pt") as schedule:
             alphas_cumprod = schedule.get_tensor("alphas_cumprod")
             prediction_type = schedule.metadata()["prediction_type"]
@@ -144,8 +143,8 @@ def make_graphs(
     image = torch.zeros(2, 3, *shape)  # diffusers' network takes special paths for a batch of one
     timesteps = torch.zeros(2, dtype=torch.int64)
     with atomic_folder(graphs.folder) as temporary:
-        _export(_Denoiser(unet), (image, timesteps), temporary / _UNET)
-        _export(features, (image,), temporary / _FEATURES)
+        export_network(Denoiser(unet), (image, timesteps), temporary / _UNET)
+        export_network(features, (image,), temporary / _FEATURES)
         schedule = {"alphas_cumprod": alphas_cumprod.cpu()}
         save_file(schedule, temporary / _SCHEDULE, metadata={"prediction_type": prediction_type})
     return graphs
@@ -163,12 +162,11 @@ def _place(model: Path, shape: Sequence[int]) -> Graphs:
     for part in ("unet", "scheduler", "features"):
         for file in sorted((model / part).iterdir()):
             digest.update(file.name.encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            digest.update(bytes.fromhex(sha256(file)))
     return Graphs(cache_folder() / digest.hexdigest()[:32])
 
 
-class _Denoiser(nn.Module):
+class Denoiser(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
@@ -177,18 +175,42 @@ class _Denoiser(nn.Module):
         return predict(self.unet, sample, timesteps)
 
 
-def _export(network: nn.Module, example: tuple[Tensor, ...], path: Path) -> None:
-    batch = torch.export.Dim("batch", min=2, max=63)  # of the tracing only: the graph takes any batch
-    with _quiet():
+def export_network(
+    network: nn.Module, example: tuple[Tensor, ...], path: Path, *, sizes: dict[int, str] | None = None, **options: Any
+) -> None:
+    """Write an ONNX graph of a network that takes any number of images, or any size in the dimensions that are named.
+
+    Args:
+        example: its inputs, at least two images each.
+        sizes: names of dimensions of each input that may have other sizes; by default the first.
+        options: of `torch.onnx.export`.
+    """
+    # The limits are of the tracing only: the graph takes any size.
+    open_sizes = {
+        place: torch.export.Dim(name, min=2, max=63 if place == 0 else 1 << 15)
+        for place, name in (sizes or {0: "batch"}).items()
+    }
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             network.eval(),
             example,
             dynamo=True,
-            dynamic_shapes=tuple({0: batch} for _ in example),
+            dynamic_shapes=tuple(open_sizes for _ in example),
             opset_version=_OPSET,
             verbose=False,
+            optimize=False,
+            **options,
         )
         assert program is not None  # it has no path to write to
+        # Of the exporter's own optimisation the part that runners don't do, or need; the rest takes minutes.
+        optimizer.fold_constants(program.model)
+        optimizer.remove_unused_nodes(program.model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program.model)
+        common.DeduplicateInitializersPass()(program.model)
+        common.CommonSubexpressionEliminationPass()(program.model)
         program.save(path)
 
 
@@ -205,33 +227,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-def _onnxruntime(path: Path, precision: Precision) -> Callable[..., Sequence[np.ndarray]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    return lambda *batch: session.run(None, dict(zip(names, batch, strict=True)))
-
-
-@cache
-def _openvino_core() -> Any:
-    """One a process, kept: each sets a stack for signals and frees it with itself, and the next signal then crashes."""
-    import openvino
-
-    return openvino.Core()
-
-
-def _openvino(path: Path, precision: Precision) -> Callable[..., Sequence[np.ndarray]]:
-    hints = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16",
-    }
-    model = _openvino_core().compile_model(path, "CPU", hints)
-    # The answer's memory is used again by the next call.
-    return lambda *batch: [np.array(output) for output in model(list(batch)).values()]

@@ -105,7 +105,9 @@ PrecisionName = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutModel = Annotated[Path | None, typer.Option(help="The model folder to write; by default MODEL is replaced.")]
 Data = Annotated[Path, typer.Argument(help="A folder in MVTec layout, or a folder of good images.")]
-Model = Annotated[Path, typer.Argument(help="A model folder, as written by `ddad train`.")]
+Model = Annotated[
+    Path, typer.Argument(help="A model folder, as written by `ddad train`; or owner/name[@revision] on the hub.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -181,6 +183,10 @@ def train(
     augment: Annotated[
         str | None, typer.Option(help="Any of hflip,vflip,rot90, where a turned part is as good.")
     ] = None,
+    log_with: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Trackers: tensorboard,mlflow or others that Accelerate knows.")
+    ] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="The trackers' folder; by default OUT.logs.")] = None,
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
@@ -209,6 +215,8 @@ def train(
             time_budget=time_budget,
             device=device,
             workers=workers,
+            log_with=log_with.split(",") if log_with else (),
+            log_dir=log_dir,
             on_estimate=printer.estimate,
             on_progress=printer.progress,
             on_stage=printer.say,
@@ -288,6 +296,7 @@ def recalibrate(
     """Give a model a new threshold from good images that it was not trained on."""
     from ddad.refit import recalibrate as calibrate_again
 
+    model = _to_change(model, out)
     with _Interruptible():
         detector = calibrate_again(
             model,
@@ -315,6 +324,7 @@ def adapt(
     """Adapt the features of a model to its product, where that finds synthetic defects better."""
     from ddad.refit import adapt as adapt_model
 
+    model = _to_change(model, out)
     with _Interruptible():
         detector = adapt_model(model, data, out, epochs=epochs, device=device, workers=workers, on_stage=print)
     _print_calibrated(detector, out or model)
@@ -335,6 +345,7 @@ def tune(
     from ddad.refit import DEFAULT_SECONDS
     from ddad.refit import tune as tune_model
 
+    model = _to_change(model, out)
     with _Interruptible():
         seconds = time_budget or DEFAULT_SECONDS
         detector = tune_model(model, data, out, seconds=seconds, device=device, workers=workers, on_stage=print)
@@ -355,6 +366,7 @@ def distill(
     """Give a model a one-call student for --fast, where it finds synthetic defects as well."""
     from ddad.refit import distill as distill_model
 
+    model = _to_change(model, out)
     with _Interruptible(), _ProgressPrinter(quiet=False) as printer:
         student = distill_model(
             model,
@@ -386,11 +398,11 @@ def monitor(
     from pydantic import ValidationError
 
     from ddad.calibration import Calibration
-    from ddad.detector import read_record
+    from ddad.detector import model_folder, read_record
     from ddad.drift import FALSE_ALARMS, WINDOW, watch
     from ddad.results import read_results
 
-    record = read_record(model)
+    record = read_record(model_folder(model))
     try:
         calibration = Calibration.model_validate(record.get("calibration") or {"scales": ()})
     except ValidationError:
@@ -414,7 +426,9 @@ def monitor(
 
 @app.command()
 def serve(
-    models: Annotated[list[Path], typer.Argument(help="Model folders; each is served under its folder's name.")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Model folders, or owner/name on the hub; each is served under its name.")
+    ],
     host: Annotated[
         str, typer.Option(help="The address to listen on; others than this machine's own need a token.")
     ] = ("127.0.0.1"),
@@ -443,10 +457,11 @@ def serve(
     workers: Workers = 2,
 ) -> None:
     """Inspect photographs over HTTP: a page for people, an API for machines."""
+    from ddad.detector import model_folder
     from ddad.server.run import Options, serve_forever
 
     serve_forever(
-        models,
+        [model_folder(model) for model in models],
         Options(
             host=host,
             port=port,
@@ -566,8 +581,9 @@ def benchmark(
 @app.command()
 def info(model: Model, as_json: AsJson = False) -> None:
     """Say what a model is: settings, data, promise."""
-    from ddad.detector import read_record
+    from ddad.detector import model_folder, read_record
 
+    model = model_folder(model)
     record = read_record(model)
     if as_json:
         print(json.dumps(record, indent=2))
@@ -597,6 +613,32 @@ def info(model: Model, as_json: AsJson = False) -> None:
         if value is not None:
             table.add_row(name, str(value))
     Console(soft_wrap=True, highlight=False).print(table)
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="A model folder, as written by `ddad train`.")],
+    name: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    metrics: Annotated[
+        Path | None, typer.Option(help="The metrics.json of ddad evaluate on this model, for its card.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Where the repository is new: for all to see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; made where it is not there yet.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a model, with a card of what was measured, to the Hugging Face hub; no photograph is in it."""
+    from ddad.detector import push_folder
+    from ddad.evaluation import Evaluation
+
+    commit = push_folder(
+        model,
+        name,
+        metrics=Evaluation.load(metrics).to_dict() if metrics else None,
+        private=not public,
+        revision=revision,
+        message=message,
+    )
+    print(f"Pushed to {name}. Next: ddad predict {name}@{commit} IMAGES... --out DIR")
 
 
 @app.command()
@@ -647,6 +689,16 @@ def _load(model: Path, device: str | None, fast: bool, backend: Any, precision: 
     if detector.warning:
         print(f"Warning: {detector.warning}", file=sys.stderr)
     return detector
+
+
+def _to_change(model: Path, out: Path | None) -> Path:
+    """The folder of a model that a command changes, in place unless there is an `out`."""
+    from ddad.detector import model_folder
+    from ddad.hub import parse_name
+
+    if out is None and parse_name(model):
+        raise ConfigError(f"Expected a model folder, or --out for a model of the hub, found neither for {model}.")
+    return model_folder(model)
 
 
 def _settings(preset: str, **options: Any) -> Any:

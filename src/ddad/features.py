@@ -5,15 +5,10 @@ package, the offline default), `local-dir:FOLDER` (`config.json` + `model.safete
 timm name, whose weights must already be in the hub cache or be reachable now.
 """
 
-import contextlib
 import json
-import logging
-import os
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +18,10 @@ from torch.nn import functional
 
 from ddad.config import DEFAULT_FEATURES
 from ddad.errors import ConfigError, ModelError
+from ddad.hub import fail_fast
 
 _LITE2 = "tf_efficientnet_lite2"
 _LOCAL = "local-dir:"
-_HUB_TIMEOUT = 3.0
 
 
 class FeatureExtractor(nn.Module):
@@ -116,10 +111,22 @@ def create_features(name: str, layers: Sequence[int], shape: tuple[int, int] | N
     return extractor
 
 
+def weights_license(name: str) -> str | None:
+    """The licence of an extractor's pretrained weights, as timm records it; None where it does not."""
+    if name.startswith(_LOCAL):
+        return None
+    import timm
+
+    configuration = timm.get_pretrained_cfg(_LITE2 if name == DEFAULT_FEATURES else name)
+    return configuration.license if configuration else None
+
+
 def _create(architecture: str, **arguments: Any) -> Any:
     """A timm network with fresh weights. timm takes seconds to import; a detector with graphs does without."""
     import timm
 
+    if not timm.is_model(architecture):  # timm would ask the network for a name such as hf-hub:owner/name
+        raise ValueError(f"timm knows no network {architecture!r}")
     return timm.create_model(architecture, pretrained=False, **arguments)
 
 
@@ -159,7 +166,7 @@ def _hub(name: str) -> tuple[Any, str]:
             f"Expected {DEFAULT_FEATURES}, {_LOCAL}FOLDER or a timm model name as features, found {name!r}; "
             "`timm.list_models()` lists the names."
         )
-    with _fail_fast():
+    with fail_fast():
         try:
             return timm.create_model(name, pretrained=True), name
         except Exception as error:  # hub, network, cache and HTTP errors share no base class
@@ -168,35 +175,6 @@ def _hub(name: str) -> tuple[Any, str]:
                 f"({_first_line(error)}); use --features {DEFAULT_FEATURES}, which needs no network, or "
                 f"--features {_LOCAL}FOLDER."
             ) from None
-
-
-@contextlib.contextmanager
-def _fail_fast() -> Iterator[None]:
-    """Without a network the hub's client retries for half a minute; look once, and stay offline if nobody answers."""
-    from huggingface_hub import constants as hub_constants
-
-    offline = hub_constants.HF_HUB_OFFLINE
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not offline and not _hub_reachable():
-        hub_constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub_constants.HF_HUB_OFFLINE = offline
-
-
-def _hub_reachable() -> bool:
-    from huggingface_hub import constants as hub_constants
-
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # a proxy resolves the name: only trying tells
-    endpoint = urlsplit(hub_constants.ENDPOINT)
-    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-    try:
-        socket.create_connection((endpoint.hostname, port), timeout=_HUB_TIMEOUT).close()
-    except OSError:
-        return False
-    return True
 
 
 def _first_line(error: Exception) -> str:

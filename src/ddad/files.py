@@ -5,6 +5,7 @@ killed at any moment leaves no half of anything under a real name.
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -99,6 +100,12 @@ def _exchange(new: Path, old: Path) -> None:
     new.rename(old)
     (between / old.name).rename(new)
     between.rmdir()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:

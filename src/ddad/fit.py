@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -21,18 +21,18 @@ import psutil
 import torch
 
 from ddad.adaptation import Adapter
-from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.config import Settings
 from ddad.data.folder import scan
 from ddad.data.samples import Dataset, Split, fingerprint, model_shape, split_good, spread, too_few_to_split
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, ModelError
-from ddad.features import create_features
+from ddad.features import create_features, weights_license
 from ddad.files import remove_leftovers, write_json
 from ddad.images import ImageRule, fit_image_rule, probe, read_image
 from ddad.sampling import to_unit
 from ddad.tiling import Tiles, Tiling, spans
+from ddad.tracking import check_trackers, log_progress, trackers
 from ddad.training import Progress, Trainer
 from ddad.tuning import DEFECTS, MOST_ADAPTED, MOST_JUDGED, adapt_features, can_adapt
 from ddad.unet import choose_device, create_scheduler, create_unet, parameter_count
@@ -46,6 +46,8 @@ HELD_OUT = 32
 """Select images whose denoising loss is measured on the way."""
 MOST_SELECT = 256
 """Select images that give the statistics of the maps; more would take memory and change nothing."""
+PROMISED = ("threshold", "promised_rate", "rate_bound")
+"""Of the calibration, for trackers."""
 ADAPTATION_SHARE = 0.35
 """Of a time budget, at most."""
 
@@ -122,6 +124,8 @@ def fit(
     time_budget: float | None = None,
     device: str | None = None,
     workers: int = 2,
+    log_with: Sequence[str] = (),
+    log_dir: str | Path | None = None,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_stage: Callable[[str], None] = lambda sentence: None,
@@ -136,6 +140,8 @@ def fit(
         settings: what to train.
         steps: training steps; or
         time_budget: seconds for everything this call does, from which the steps follow once, by the measured speed.
+        log_with: trackers that follow the training: `tensorboard`, `mlflow`, or another one that Accelerate knows.
+        log_dir: their folder; by default `out`.logs.
 
     Raises:
         ConfigError: `out` holds another model or the run of another command; settings that cannot work.
@@ -149,6 +155,7 @@ def fit(
         raise ConfigError("Expected either a number of steps or a time budget, found both; leave one out.")
     if steps is None and time_budget is None:
         time_budget = DEFAULT_TIME_BUDGET
+    check_trackers(log_with)
     on_device = choose_device(device)
     dataset = data if isinstance(data, Dataset) else scan(data)
     paths = [sample.path for sample in dataset.train]
@@ -167,7 +174,7 @@ def fit(
     tiling = Tiling(rows, columns, tile)
     shape = tiling.canvas
     features = create_features(settings.scoring.features, settings.scoring.feature_layers, tile)
-    with locked(run):
+    with locked(run), ExitStack() as stack:
         remove_leftovers(out.parent, out.name)
         store = CheckpointStore(run)
         plan = _load_plan(run)
@@ -217,9 +224,24 @@ def fit(
         on_estimate(estimate)
 
         log = _Log(run / "log.jsonl")
+        logs = Path(log_dir) if log_dir else out.with_name(out.name + ".logs")
+        track = stack.enter_context(
+            trackers(
+                log_with,
+                logs,
+                out.name,
+                done=done,
+                settings={**plan.settings, "steps": plan.steps, "good_images": plan.data},
+                state=run / "tracked.json",
+                device=trainer.device,
+            )
+        )
+        if log_with:
+            on_stage(f"Followed by {', '.join(log_with)} in {logs}.")
 
         def progress(event: Progress) -> None:
             log.write(event)
+            log_progress(track, event, settings.training.batch_size)
             on_progress(event)
 
         trainer.run(
@@ -256,8 +278,15 @@ def fit(
                 },
                 "training": {"steps": plan.steps, "budget": plan.budget, **log.summary()},
                 "adaptation": adaptation,
+                "features_license": weights_license(settings.scoring.features),
             }
-            detector.save_pretrained(out, card=model_card(detector), extra={"training.jsonl": log.path})
+            for entry in adaptation.get("history", ()):
+                numbers = {f"adaptation.{name}": entry[name] for name in ("loss", "synthetic_auroc")}
+                track({name: value for name, value in numbers.items() if value is not None}, entry["epoch"])
+            assert detector.calibration is not None
+            promised = {name: getattr(detector.calibration, name) for name in PROMISED}
+            track({f"calibration.{name}": value for name, value in promised.items()}, plan.steps)
+            detector.save_pretrained(out, extra={"training.jsonl": log.path})
         shutil.rmtree(run)
     return out
 

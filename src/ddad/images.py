@@ -418,8 +418,15 @@ def reduced_size(height: int, width: int, most: int) -> tuple[int, int]:
 
 
 def resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (H, W, 3), or float32 (H, W[, C]), to `size` (height, width); bilinear, antialiased, no overshoot."""
+    """uint8 (H, W, 3), or float32 (H, W[, C]), to `size` (height, width); bilinear, antialiased, no overshoot.
+
+    Rows are resized first, then columns, each rounded as Pillow does. Which of them Pillow would begin with depends on
+    the shape and on its version, and moves scores in the second digit.
+    """
     if values.ndim == 3 and values.dtype != np.uint8:
         return np.stack([resize(values[..., channel], size) for channel in range(values.shape[2])], axis=2)
     height, width = size
-    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
+    picture = Image.fromarray(values)
+    for shape in ((width, picture.height), (width, height)):
+        picture = picture.resize(shape, Image.Resampling.BILINEAR)
+    return np.asarray(picture)

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 
-from ddad.card import model_card
 from ddad.checkpoint import CheckpointStore
 from ddad.config import Backend, Precision
 from ddad.conformal import images_needed
@@ -320,7 +319,7 @@ def _save(
 ) -> None:
     if student is None and _has_student(model):
         on_stage("The one-call student is that of the model as it was, and is left out; make it again: ddad distill.")
-    detector.save_pretrained(out, card=model_card(detector, student), extra=_log(Path(model)), student=student)
+    detector.save_pretrained(out, extra=_log(Path(model)), student=student)
 
 
 def _trainable(model: str | Path, device: str | None) -> Detector:

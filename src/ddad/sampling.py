@@ -34,6 +34,11 @@ def to_unit(images: Sequence[np.ndarray], device: torch.device | str = "cpu") ->
     return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """(B, 3, H, W), nominally in [-1, 1], as uint8 (B, H, W, 3): what `to_unit` takes."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def condition(clean: Tensor, target: Tensor, alpha_cumprod: Tensor, conditioning_weight: float, clamp: bool) -> Tensor:
     """x̂₀': the clean estimate moved towards the photograph by λ_t = w (1 - ā_t) (Eq. 5-6).
 

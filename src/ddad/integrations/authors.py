@@ -24,7 +24,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ddad.benchmark import published_settings
-from ddad.card import model_card
 from ddad.config import Settings, make_settings
 from ddad.data.samples import content_hash
 from ddad.detector import Detector
@@ -123,7 +122,7 @@ def convert_checkpoint(
             },
         },
     }
-    detector.save_pretrained(out, card=model_card(detector))
+    detector.save_pretrained(out)
     return out
 
 
