@@ -616,6 +616,39 @@ def info(model: Model, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder for the graphs, the comparison and how to call them.")],
+    graph_format: Annotated[str, typer.Option("--format", metavar="NAME", help="onnx or openvino.")] = "onnx",
+    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, fp16 or int8; bf16 with openvino.")] = "fp32",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Photographs to compare on, as for train; by default images that the model makes."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="How far a score may move; by default 0.001 in fp32.")
+    ] = None,
+    fast: Fast = False,
+) -> None:
+    """Write a model as one graph that needs no PyTorch; refused where it does not say the same."""
+    from ddad.detector import model_folder
+    from ddad.export import export as export_model
+
+    exported = export_model(
+        model_folder(model),
+        out,
+        format=graph_format,  # type: ignore[arg-type]  # checked there
+        precision=precision,  # type: ignore[arg-type]
+        data=data,
+        tolerance=tolerance,
+        fast=fast,
+        on_stage=print,
+    )
+    print(exported.said)
+    print(f"Written to {out}. Next: ddad-runtime {out} IMAGES... --out DIR")
+
+
+@app.command()
 def push(
     model: Annotated[Path, typer.Argument(help="A model folder, as written by `ddad train`.")],
     name: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],

@@ -18,6 +18,7 @@ from PIL import Image
 from ddad import results
 from ddad.drift import Quantity
 from ddad.errors import ConfigError, DataError
+from ddad.hub import model_name
 from ddad.images import encode_jpeg, encode_png
 from ddad.prediction import Photo, PhotoStatistics, photo_statistics
 from ddad.server.batching import BatchSettings
@@ -320,7 +321,7 @@ def shown(name: str) -> str:
 def _named(models: Sequence[Path]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for folder in models:
-        name = folder.resolve().name
+        name = model_name(folder)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ConfigError(
                 f"Expected a model folder with a name of letters, digits, '.', '_' and '-', found {name!r}; rename it."
