@@ -181,7 +181,7 @@ def test_the_notebook_is_stored_as_it_ran():
     kinds = [output.output_type for output in outputs(notebook)]
     assert "error" not in kinds
     assert all(output.get("name") != "stderr" for output in outputs(notebook))
-    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 3
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs(notebook)) >= 3
     text = json.dumps(outputs(notebook))
     assert not re.search(r"(?:^|[\s\"'(])/(?!>)\w+/", text), "an absolute path"
     assert "arning" not in text
