@@ -301,6 +301,7 @@ def test_nothing_is_learned_where_the_first_call_does_as_well(model, photos, tmp
     assert len(steps) == 1
 
 
+@pytest.mark.slow
 def test_distilled_again_it_is_the_same_student(model, taught, photos, tmp_path):
     """Also after a stop: the same call goes on from there."""
     out, steps = tmp_path / "model", []

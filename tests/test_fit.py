@@ -59,7 +59,7 @@ def assert_same_model(a: Path, b: Path) -> None:
 
 def test_killed_again_and_again_gives_the_same_model_bit_for_bit(photos, tmp_path):
     """kill -9 at changing moments, some of them in the middle of a save, since here every step is saved."""
-    steps = 10
+    steps = 6
     whole = fit(photos, tmp_path / "whole", tiny(), steps=steps)
 
     out, run = tmp_path / "killed", tmp_path / "killed.run"
@@ -160,6 +160,7 @@ def test_few_images_give_units_and_rank_in_folds_and_nothing_is_chosen_by_them(t
         tune(model, tmp_path / "good")
 
 
+@pytest.mark.slow
 def test_features_are_adapted_within_training(tmp_path, monkeypatch):
     monkeypatch.setattr("ddad.tuning.DEFECTS", 12)
     photos = tmp_path / "good"

@@ -148,6 +148,7 @@ def pushed(models):
     )
 
 
+@pytest.mark.slow
 def test_pushed_by_one_process_and_fetched_by_another(models, pushed):
     first, second, _ = models
     one, two, student = pushed.commits
@@ -162,6 +163,7 @@ def test_pushed_by_one_process_and_fetched_by_another(models, pushed):
     assert not any(file.startswith(STUDENT) for file in pushed.hub.files(NAME, two))
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_names(pushed):
     refused, push, info, recalibrate = pushed.said
     assert refused == (
@@ -174,6 +176,7 @@ def test_the_command_line_takes_names(pushed):
     assert recalibrate == f"Expected a model folder, or --out for a model of the hub, found neither for {NAME}."
 
 
+@pytest.mark.slow
 def test_a_new_repository_is_private_unless_asked(pushed):
     assert pushed.hub.repositories[NAME]["private"]
     assert not pushed.hub.repositories[OPEN]["private"]
@@ -182,6 +185,7 @@ def test_a_new_repository_is_private_unless_asked(pushed):
     )
 
 
+@pytest.mark.slow
 def test_code_and_pickle_are_never_fetched_and_changed_weights_are_refused(models, pushed):
     with_code, changed, other = pushed.strange
     assert set(with_code[1]) == {str(file.relative_to(models[0])) for file in models[0].rglob("*.*")} - {
@@ -193,6 +197,7 @@ def test_code_and_pickle_are_never_fetched_and_changed_weights_are_refused(model
     assert other.startswith(f"Expected a model of ddad on the hub, found no detector.json in {OPEN} at revision")
 
 
+@pytest.mark.slow
 def test_offline_what_was_fetched_works_and_what_was_not_is_said_at_once(pushed):
     """The server is gone by now."""
     wanted = [(NAME, None), (NAME, pushed.commits[0]), ("models/tlie", None), (NAME, "v9")]
@@ -210,6 +215,7 @@ def test_offline_what_was_fetched_works_and_what_was_not_is_said_at_once(pushed)
         assert seconds < 5
 
 
+@pytest.mark.slow
 def test_the_card_on_the_hub_shows_what_was_measured(models, pushed):
     first, _, metrics = models
     card = ModelCard(pushed.hub.files(NAME, pushed.commits[0])["README.md"].decode())

@@ -80,6 +80,7 @@ def test_without_the_extra(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_token_from_a_file(model, tmp_path):
     (tmp_path / "token").write_text(TOKEN + "\n")
     with serving([model], tmp_path / "history", "--token-file", str(tmp_path / "token")) as server:

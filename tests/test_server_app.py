@@ -141,7 +141,7 @@ def test_what_is_no_photograph_gets_a_sentence_and_the_others_go_on(client):
     assert second["error"].startswith("1.png: expected a PNG, JPEG, BMP, TIFF or WebP image, but")
 
 
-@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [32, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_hostile_file_is_answered_by_a_sentence(serve, model, tmp_path, every):
     shutil.copytree(model, tmp_path / "tile")
     record = json.loads((tmp_path / "tile" / "detector.json").read_text())

@@ -343,6 +343,7 @@ def test_workers_end_with_a_killed_server(server):
     wait_for(lambda: not any(map(lives, pids)), 5)
 
 
+@pytest.mark.slow
 def test_a_worker_with_an_endless_file_ends_with_a_killed_server(server):
     process, pids = server
     process.stdin.write("endless\n")

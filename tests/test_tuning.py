@@ -76,6 +76,7 @@ def test_why_features_are_not_adapted(test_set, tmp_path, epochs, changes, count
     assert (record["said"], sentences) == (said, [said])
 
 
+@pytest.mark.slow
 def test_tuning_turns_off_what_only_adds_noise(test_set, monkeypatch):
     """Features of random layers are useless here beside an ideal denoiser's pixels, and the search finds that out."""
     monkeypatch.setattr("ddad.tuning.DEFECTS", 48)
