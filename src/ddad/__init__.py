@@ -9,9 +9,11 @@ the difference. The method is DDAD (Mousakhan, Brox, Tayyub, arXiv 2305.15956).
 
 Where to read: the method is `unet`, `sampling`, `features`, `anomaly_map`, `calibration`, `detector`, in this order;
 `tiling` cuts large photographs and `backends` makes it fast; `training`, `adaptation`, `tuning`, `distillation` and
-`fit` make the weights; `baseline`, `evaluation`, `report`, `ablation` and `benchmark` judge them; `conformal` makes the
-promise, `drift` watches it; `server` is the inspection station, `cli` the command line. A module imports only modules
-above it. Names below are loaded when first used, so that `import ddad` does not load torch.
+`fit` make the weights, which `tracking` follows; `baseline`, `evaluation`, `report`, `ablation` and `benchmark` judge
+them; `conformal` makes the promise, `drift` watches it. `export` writes a graph, which `runtime` uses without torch;
+`hub` and `card` publish a model; `integrations` are for anomalib, MLflow and the authors' checkpoints; `server` is the
+inspection station, `cli` the command line. A module imports only modules above it. Names below are loaded when first
+used, so that `import ddad` does not load torch.
 """
 
 from importlib import import_module

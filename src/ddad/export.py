@@ -71,6 +71,14 @@ class Compared:
         return difference if math.isfinite(difference) else math.inf
 
 
+class ExportDiffers(ModelError):
+    """The graph does not say what the model says; `comparison` has the figures."""
+
+    def __init__(self, sentence: str, comparison: dict[str, Any]) -> None:
+        super().__init__(sentence)
+        self.comparison = comparison
+
+
 class Exported(NamedTuple):
     """What `export` wrote."""
 
@@ -109,8 +117,8 @@ def export(
         fast: the model's one-call student.
 
     Raises:
-        ModelError: no usable model, or one that is not calibrated; or a verdict of the graph differs, or a score by
-            more than the tolerance. Nothing is written then.
+        ModelError: no usable model, or one that is not calibrated.
+        ExportDiffers: a verdict of the graph differs, or a score by more than the tolerance. Nothing is written then.
         ConfigError: an option that is none, a model with random reconstructions, or `out` holds something else.
         DataError: no photographs in `data`.
     """
@@ -157,6 +165,7 @@ def export(
                 for one in compared
             ),
             "milliseconds": milliseconds,
+            "bytes": sum(file.stat().st_size for file in temporary.glob("detector.*")),
         }
         _refuse_unless_same(record["comparison"], precision)
         write_json(temporary / RECORD, record)
@@ -269,11 +278,14 @@ def _convert(graph: Path, format: Format, precision: ExportPrecision, images: Se
         graph.unlink()
     elif precision == "fp16":
         import onnx
-        from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
         network = onnx.load(graph)
         outside = [node.name for node in network.graph.node if not _inside_networks(node)]
-        onnx.save(convert_float_to_float16(network, keep_io_types=True, node_block_list=outside), graph)
+        # A norm adds up the squares of a whole layer, which are too large for fp16.
+        exact = [*DEFAULT_OP_BLOCK_LIST, "InstanceNormalization"]
+        half = convert_float_to_float16(network, keep_io_types=True, op_block_list=exact, node_block_list=outside)
+        onnx.save(half, graph)
     elif precision == "int8":
         _onnx_int8(graph, images)
 
@@ -438,15 +450,17 @@ def _refuse_unless_same(comparison: dict[str, Any], precision: ExportPrecision) 
     # A score that is not a number is no difference within the tolerance.
     if not comparison["verdicts_flipped"] and comparison["largest_difference"] <= comparison["tolerance"]:
         return
-    advice = (
-        "use --precision fp32"
-        if precision != "fp32"
-        else "report it, since the same mathematics should give the same scores"
-    )
-    raise ModelError(
+    advice = {
+        "fp32": "report it, since the same mathematics should give the same scores",
+        "bf16": "use --precision fp32, or calibrate for it: ddad recalibrate MODEL GOOD_FOLDER --backend openvino "
+        "--precision bf16",
+    }.get(precision, "use --precision fp32")
+    raise ExportDiffers(
         f"Expected the model's verdicts from its export and scores within {comparison['tolerance']:g}, found "
         f"{comparison['verdicts_flipped']} of {comparison['images']} verdicts flipped and a score that differs by "
-        f"{comparison['largest_difference']:.3g} ({comparison['largest_difference_at']}); nothing is written; {advice}."
+        f"{comparison['largest_difference']:.3g} ({comparison['largest_difference_at']}); nothing is written; "
+        f"{advice}.",
+        comparison,
     )
 
 
