@@ -241,8 +241,7 @@ class Ddad(AnomalibModule):
         """Not this way: raises ConfigError, which names the other."""
         raise ConfigError(
             "Expected export type torch, found one that traces a single network call; save the model with "
-            "model.detector.save_pretrained(FOLDER), and run it with ddad predict FOLDER IMAGES --backend onnxruntime "
-            "or openvino."
+            "model.detector.save_pretrained(FOLDER), and export it with ddad export FOLDER --out DIR."
         )
 
     to_openvino = to_onnx
