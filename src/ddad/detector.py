@@ -7,6 +7,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -238,7 +239,9 @@ class Detector:
 
         def denoiser(sample: Tensor, timestep: int) -> Tensor:
             timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            # None at all in fp32: it would hide from an exported graph which module a node belongs to.
+            half = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+            with half:
                 output = networks.denoise(sample, timesteps).float()
             return clean_from(output, sample, networks.alphas_cumprod[timestep], networks.prediction_type)
 
