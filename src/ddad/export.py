@@ -135,12 +135,14 @@ def export(
 
     with atomic_folder(out) as temporary:
         on_stage("Tracing the model, which takes a minute or two.")
+        _write_networks(temporary / "networks", model / "fast" if fast else model, traced, format)
         graph = temporary / GRAPHS["onnx"]
+        if (format, precision) == ("onnx", "fp16"):
+            _halve(traced)
         _write_graph(traced, graph)
         if precision == "int8":
             on_stage(f"Finding the ranges of int8 on {len(photographs.others)} photographs.")
         _convert(graph, format, precision, photographs.others)
-        _write_networks(temporary / "networks", model / "fast" if fast else model, traced, format)
         record = _record(traced, model, fast, format, precision)
         record["files"] = {
             file.relative_to(temporary).as_posix(): sha256(file)
@@ -240,6 +242,17 @@ def _rounded(high: Tensor, low: Tensor) -> Tensor:
     return ((high + 1024 + (low / 2048).floor()) / 2048).floor().clamp(0, 255)
 
 
+def _halve(detector: Detector) -> None:
+    """Both networks in fp16, and nothing else: resizing and comparing would overflow."""
+    detector.unet.half()
+    detector.features.half()
+    denoise, features = detector._networks.denoise, detector._networks.features
+    detector._networks = detector._networks._replace(
+        denoise=lambda sample, timesteps: denoise(sample.half(), timesteps).float(),
+        features=lambda images: [layer.float() for layer in features(images.half())],
+    )
+
+
 def _write_graph(detector: Detector, path: Path) -> None:
     import onnxscript
 
@@ -276,16 +289,6 @@ def _convert(graph: Path, format: Format, precision: ExportPrecision, images: Se
         openvino.save_model(network, graph.with_suffix(".xml"), compress_to_fp16=precision == "fp16")
         del network  # it reads the file
         graph.unlink()
-    elif precision == "fp16":
-        import onnx
-        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-
-        network = onnx.load(graph)
-        outside = [node.name for node in network.graph.node if not _inside_networks(node)]
-        # A norm adds up the squares of a whole layer, which are too large for fp16.
-        exact = [*DEFAULT_OP_BLOCK_LIST, "InstanceNormalization"]
-        half = convert_float_to_float16(network, keep_io_types=True, op_block_list=exact, node_block_list=outside)
-        onnx.save(half, graph)
     elif precision == "int8":
         _onnx_int8(graph, images)
 
