@@ -547,8 +547,8 @@ def _readme(record: dict[str, Any]) -> str:
 Give photographs as the camera made them: resizing to {height} x {width} is inside, and exact. Photographs of 16 bit
 become 8 bit as value x 255 / {record["image_rule"]["white"]}, rounded, after they were resized: `ddad-runtime` does so.
 
-    pip install --no-deps ddad
     pip install numpy pillow {"onnxruntime" if record["format"] == "onnx" else "openvino"}
+    pip install --no-deps ddad
     ddad-runtime THIS_FOLDER IMAGES... --out DIR
 
 `networks/` holds the U-Net (`sample` (B, 3, h, w) and `timesteps` (B,) to its raw output), the feature network and the

@@ -1,7 +1,7 @@
 """Inspect with an exported model: NumPy, Pillow and ONNX Runtime (or OpenVINO) are all it takes.
 
-    pip install --no-deps ddad
     pip install numpy pillow onnxruntime
+    pip install --no-deps ddad
     ddad-runtime EXPORT IMAGES... --out DIR
 
 `ddad export` writes the folder EXPORT. What is read, computed, printed and written is what `ddad predict` does.
