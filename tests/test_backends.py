@@ -197,6 +197,7 @@ def test_graphs_need_neither_diffusers_nor_timm(model, made):
     assert loaded(model, *WITH_GRAPHS) == "[]"
 
 
+@pytest.mark.slow
 def test_the_check_of_what_is_loaded_can_fail(model):
     assert loaded(model, "torch") == "['diffusers', 'timm']"
 

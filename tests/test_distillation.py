@@ -276,6 +276,7 @@ def test_the_student_is_calibrated_by_itself_on_the_same_images(taught, photos):
     assert not torch.equal(student.statistics.mean, detector.statistics.mean)
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_where_the_first_call_does_as_well(model, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("ddad.distillation.MOST_LOST", 1.0)
     steps, said = [], []

@@ -103,6 +103,7 @@ def test_killed_again_and_again_gives_the_same_model_bit_for_bit(photos, tmp_pat
     assert [entry["step"] for entry in log] == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(photos, tmp_path):
     out = tmp_path / "model"
     command = train_command(photos, out, "--steps", "500")

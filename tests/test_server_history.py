@@ -500,6 +500,7 @@ def die_at_every_line(full, out):
             sys.exit(status)
 
 
+@pytest.mark.slow
 def test_killed_at_every_line_of_adding_and_making_room(tmp_path):
     with opened(tmp_path / "full", LIMIT) as history:
         seeds = {one.id: seed for seed in range(20) for one in add(history, [seed], request_id=str(seed))}

@@ -604,6 +604,7 @@ def test_the_report_is_one_file(visit, server, tmp_path, browser):
     alone.context.close()
 
 
+@pytest.mark.slow
 def test_login(browser, model, tmp_path):
     server = Server([model], tmp_path / "history", DDAD_TOKEN=TOKEN)
     visiting = Visit(browser, server.url)

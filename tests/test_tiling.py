@@ -130,6 +130,7 @@ def test_a_defect_across_tiles_is_one_region_in_the_photographs_own_pixels(tiled
     assert result.reconstruction.shape == (*CANVAS, 3)
 
 
+@pytest.mark.slow
 def test_trained_predicted_and_told_on_the_command_line(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
