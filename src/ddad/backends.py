@@ -143,7 +143,7 @@ def make_graphs(
     image = torch.zeros(2, 3, *shape)  # diffusers' network takes special paths for a batch of one
     timesteps = torch.zeros(2, dtype=torch.int64)
     with atomic_folder(graphs.folder) as temporary:
-        export_network(Denoiser(unet), (image, timesteps), temporary / _UNET)
+        export_network(_Denoiser(unet), (image, timesteps), temporary / _UNET)
         export_network(features, (image,), temporary / _FEATURES)
         schedule = {"alphas_cumprod": alphas_cumprod.cpu()}
         save_file(schedule, temporary / _SCHEDULE, metadata={"prediction_type": prediction_type})
@@ -166,7 +166,7 @@ def _place(model: Path, shape: Sequence[int]) -> Graphs:
     return Graphs(cache_folder() / digest.hexdigest()[:32])
 
 
-class Denoiser(nn.Module):
+class _Denoiser(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
@@ -185,14 +185,14 @@ def export_network(
         sizes: names of dimensions of each input that may have other sizes; by default the first.
         options: of `torch.onnx.export`.
     """
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
     # The limits are of the tracing only: the graph takes any size.
     open_sizes = {
         place: torch.export.Dim(name, min=2, max=63 if place == 0 else 1 << 15)
         for place, name in (sizes or {0: "batch"}).items()
     }
-    from onnx_ir.passes import common
-    from onnxscript import optimizer
-
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             network.eval(),

@@ -11,11 +11,10 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -52,10 +51,10 @@ from ddad.card import model_card
 from ddad.config import Backend, Precision, Settings, parse_settings
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.features import FeatureExtractor
-from ddad.files import atomic_folder, write_json, write_text
-from ddad.images import ImageRule, read_photo
-from ddad.prediction import Photo, PhotoStatistics, Prediction, photo_statistics, regions
-from ddad.sampling import Noise, match_level, reconstruct, to_unit
+from ddad.files import atomic_folder, check_place, sha256, write_json, write_text
+from ddad.images import ImageRule
+from ddad.prediction import ImageSource, Inspector, Photo, PhotoStatistics, Prediction, photo_statistics, regions
+from ddad.sampling import Noise, match_level, reconstruct, to_pixels, to_unit
 from ddad.streaming import chunks, in_batches
 from ddad.tiling import Tiles, Tiling
 from ddad.unet import choose_device, clean_from, load_scheduler, load_unet, predict, set_attention_heads
@@ -77,10 +76,9 @@ FOLDS = 10
 MOST_TILES = 8
 """Tiles that go through the networks together, or as many as there are images: what they need of memory is bounded."""
 PACKAGES = ("torch", "diffusers", "timm", "torchmetrics", "numpy", "scipy", "pillow")
-ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 
 
-class Detector:
+class Detector(Inspector):
     """Photographs in, predictions out.
 
     `unet`, `scheduler`, `features` and `calibration` are the parts; each can be used alone.
@@ -427,32 +425,6 @@ class Detector:
 
     # -- use --------------------------------------------------------------------------------------------------------
 
-    @overload
-    def predict(self, images: ImageSource, batch_size: int = ...) -> Prediction: ...  # type: ignore[overload-overlap]
-    @overload
-    def predict(self, images: Sequence[ImageSource], batch_size: int = ...) -> list[Prediction]: ...
-    def predict(
-        self, images: ImageSource | Sequence[ImageSource], batch_size: int = 4
-    ) -> Prediction | list[Prediction]:
-        """Inspect one photograph or a list of them.
-
-        Args:
-            images: a path, bytes, an open file, a PIL image, an array (H, W[, 1|3|4]) uint8, uint16, bool or float in
-                [0, 1], or a list of these. The score of an image does not depend on the others.
-            batch_size: how many go through the network together.
-
-        Raises:
-            DataError: an image that cannot be read.
-        """
-        if not isinstance(images, list | tuple):
-            return self.predict([images], batch_size)[0]  # type: ignore[list-item]
-        results = []
-        for _, result in self.stream(images, batch_size):
-            if isinstance(result, DataError):
-                raise result
-            results.append(result)
-        return results
-
     def stream(
         self, images: Iterable[ImageSource], batch_size: int = 4, workers: int = 1, *, batch_max: bool = False
     ) -> Iterator[tuple[ImageSource, Prediction | DataError]]:
@@ -465,13 +437,6 @@ class Detector:
         return in_batches(
             images, self._read, lambda photos: self.predict_photos(photos, batch_max), batch_size, workers
         )
-
-    def _read(self, source: ImageSource) -> Photo | DataError:
-        try:
-            image, photo_size = read_photo(source, self.shape, self.image_rule)
-        except DataError as error:
-            return error
-        return Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
 
     def predict_photos(self, batch: Sequence[Photo], batch_max: bool = False) -> list[Prediction]:
         """Inspect photographs that are read already, all in one batch; `batch_max` as in `stream`."""
@@ -486,7 +451,7 @@ class Detector:
         else:
             maps = self.fuse(self.smooth(distances))
         scores = image_score(maps).tolist()
-        drawn = ((reconstructions.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        drawn = to_pixels(reconstructions).cpu().numpy()
         ranking = None if batch_max or self.calibration is None else Ranking(self.calibration)
         limit = ranking.calibration.threshold if ranking else None
         results = []
@@ -527,7 +492,7 @@ class Detector:
             ConfigError: the folder is there and holds something else.
         """
         folder = Path(folder)
-        check_place(folder)
+        check_place(folder, RECORD, "model")
         with atomic_folder(folder) as temporary:
             record = self._write(temporary)
             for name, file in (extra or {}).items():
@@ -776,12 +741,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
         file for part in ("unet", "scheduler", "features") for file in (folder / part).rglob("*") if file.is_file()
     ]
     files += folder.glob(STATISTICS)
-    return {file.relative_to(folder).as_posix(): _sha256(file) for file in sorted(files)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(files)}
 
 
 def check_files(folder: str | Path, fast: bool = False) -> str:
@@ -803,13 +763,7 @@ def check_files(folder: str | Path, fast: bool = False) -> str:
         raise ModelError(
             f"Expected the files that {folder / RECORD} records, found that {wrong[0]} differs; copy the model again."
         )
-    return _sha256(folder / RECORD)
-
-
-def check_place(folder: Path) -> None:
-    """Raises ConfigError where a model cannot be written to `folder` without replacing something else."""
-    if folder.exists() and not (folder / RECORD).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ConfigError(f"Expected a new or empty folder, or an older model, found other files in {folder}.")
+    return sha256(folder / RECORD)
 
 
 def package_versions() -> dict[str, str]:

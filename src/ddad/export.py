@@ -26,10 +26,11 @@ from ddad import __version__
 from ddad.anomaly_map import image_score, pixel_distance
 from ddad.backends import export_network, find_graphs, make_graphs
 from ddad.data.folder import scan
-from ddad.data.samples import content_hash, spread
-from ddad.detector import Detector, package_versions
+from ddad.data.samples import paths_by_hash, spread
+from ddad.detector import RECORD as DETECTOR
+from ddad.detector import STUDENT, Detector, package_versions
 from ddad.errors import ConfigError, ModelError
-from ddad.files import atomic_folder, sha256, write_json, write_text
+from ddad.files import atomic_folder, check_place, sha256, write_json, write_text
 from ddad.images import read_image, resize
 from ddad.runtime import FORMAT_VERSION, INPUT, OUTPUTS, RECORD, Runtime, openvino_core
 from ddad.sampling import to_pixels
@@ -80,9 +81,8 @@ class ExportDiffers(ModelError):
 
 
 class Exported(NamedTuple):
-    """What `export` wrote."""
+    """How the graph compares with the model, and the contents of its `export.json`."""
 
-    folder: Path
     compared: tuple[Compared, ...]
     record: dict[str, Any]
 
@@ -126,16 +126,17 @@ def export(
     if precision not in PRECISIONS.get(format, ()):
         known = "; ".join(f"{name} with {', '.join(precisions)}" for name, precisions in PRECISIONS.items())
         raise ConfigError(f"Expected a format and precision among {known}, found {format} with {precision}.")
-    _check_place(out)
+    check_place(out, RECORD, "export")
     reference = Detector.from_pretrained(model, "cpu", fast=fast)
     traced = Detector.from_pretrained(model, "cpu", fast=fast, backend="torch", precision="fp32")
+    source = model / STUDENT if fast else model
     _check_model(traced, model)
     tolerance = TOLERANCES[precision] if tolerance is None else tolerance
     photographs = _photographs(traced, data)
 
     with atomic_folder(out) as temporary:
-        on_stage("Tracing the model, which takes a minute or two.")
-        _write_networks(temporary / "networks", model / "fast" if fast else model, traced, format)
+        on_stage("Tracing the model, which takes about a minute.")
+        _write_networks(temporary / "networks", source, traced, format)
         graph = temporary / GRAPHS["onnx"]
         if (format, precision) == ("onnx", "fp16"):
             _halve(traced)
@@ -143,7 +144,7 @@ def export(
         if precision == "int8":
             on_stage(f"Finding the ranges of int8 on {len(photographs.others)} photographs.")
         _convert(graph, format, precision, photographs.others)
-        record = _record(traced, model, fast, format, precision)
+        record = _record(traced, source, format, precision)
         record["files"] = {
             file.relative_to(temporary).as_posix(): sha256(file)
             for file in sorted(temporary.rglob("*"))
@@ -173,7 +174,7 @@ def export(
         write_json(temporary / RECORD, record)
         write_text(temporary / COMPARISON, _table(compared))
         write_text(temporary / "README.md", _readme(record))
-    return Exported(out, compared, record)
+    return Exported(compared, record)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -339,8 +340,9 @@ def _openvino_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
 def _write_networks(folder: Path, model: Path, detector: Detector, format: Format) -> None:
     """The two networks and the noise schedule, for whoever runs the steps in a program of their own; in fp32."""
     tile = detector.tiling.tile
+    _, _, alphas_cumprod, prediction_type = detector._networks
     graphs = find_graphs(model, tile) or make_graphs(
-        model, tile, detector.unet, detector.features, detector.scheduler.alphas_cumprod, _prediction_type(detector)
+        model, tile, detector.unet, detector.features, alphas_cumprod, prediction_type
     )
     folder.mkdir()
     for name in ("unet", "features"):
@@ -355,16 +357,12 @@ def _write_networks(folder: Path, model: Path, detector: Detector, format: Forma
     write_json(
         folder / "schedule.json",
         {
-            "prediction_type": _prediction_type(detector),
+            "prediction_type": prediction_type,
             "start_timestep": sampling.start_timestep,
             "timesteps": list(sampling.timesteps),
-            "alphas_cumprod": detector.scheduler.alphas_cumprod.tolist(),
+            "alphas_cumprod": alphas_cumprod.tolist(),
         },
     )
-
-
-def _prediction_type(detector: Detector) -> str:
-    return str(detector.scheduler.config.prediction_type)
 
 
 # -- the comparison ----------------------------------------------------------------------------------------------------
@@ -384,14 +382,15 @@ def _photographs(detector: Detector, data: str | Path | None) -> _Photographs:
         named = [(f"image {number}", image) for number, image in enumerate(own[: len(own) // 2], start=1)]
         return _Photographs(named, own[len(own) // 2 :], "images that the model made")
     dataset = scan(data)
-    good = [sample.path for sample in dataset.train]
+    good = paths_by_hash(sample.path for sample in dataset.train)
     known = detector.record.get("data", {})
-    ranked, trained = set(known.get("calibration", ())), set(known.get("train", ()))
-    hashes = {path: content_hash(path) for path in good}
-    calibration = [path for path in good if hashes[path] in ranked] or good
-    others = [path for path in good if hashes[path] in trained] or good
+
+    def part(name: str) -> list[Path]:
+        used = set(known.get(name, ()))
+        return [path for digest, path in good.items() if digest in used] or list(good.values())
+
     tested = [sample.path for sample in dataset.test]
-    chosen = [*spread(calibration, COMPARED), *spread(tested, COMPARED)]
+    chosen = [*spread(part("calibration"), COMPARED), *spread(tested, COMPARED)]
 
     def read(paths: Iterable[Path]) -> Iterator[np.ndarray]:
         return (read_image(path, rule=detector.image_rule) for path in paths)
@@ -399,7 +398,7 @@ def _photographs(detector: Detector, data: str | Path | None) -> _Photographs:
     named = [
         (path.relative_to(dataset.root).as_posix(), image) for path, image in zip(chosen, read(chosen), strict=True)
     ]
-    return _Photographs(named, list(read(spread(others, QUANTISING))), "photographs")
+    return _Photographs(named, list(read(spread(part("train"), QUANTISING))), "photographs")
 
 
 def own_images(detector: Detector, pairs: int, seed: int = 0) -> list[np.ndarray]:
@@ -486,11 +485,6 @@ def _table(compared: Iterable[Compared]) -> str:
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
-def _check_place(out: Path) -> None:
-    if out.exists() and not (out / RECORD).is_file() and (out.is_file() or any(out.iterdir())):
-        raise ConfigError(f"Expected a new or empty folder, or an older export, found other files in {out}.")
-
-
 def _check_model(detector: Detector, model: Path) -> None:
     sampling = detector.settings.sampling
     if detector.calibration is None or detector.calibration.threshold is None:
@@ -505,7 +499,7 @@ def _check_model(detector: Detector, model: Path) -> None:
         )
 
 
-def _record(detector: Detector, model: Path, fast: bool, format: Format, precision: ExportPrecision) -> dict[str, Any]:
+def _record(detector: Detector, model: Path, format: Format, precision: ExportPrecision) -> dict[str, Any]:
     calibration = detector.calibration
     assert calibration is not None
     return {
@@ -519,7 +513,7 @@ def _record(detector: Detector, model: Path, fast: bool, format: Format, precisi
         "promise": calibration.promise(),
         "category": detector.record.get("category"),
         "preset": detector.settings.preset,
-        "model": sha256((model / "fast" if fast else model) / "detector.json"),
+        "model": sha256(model / DETECTOR),
         "versions": package_versions(),
     }
 

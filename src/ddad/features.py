@@ -57,11 +57,21 @@ class FeatureExtractor(nn.Module):
             normalised, indices=list(layers or self.layers), stop_early=True, intermediates_only=True
         )
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """All but the weights, for `from_config`."""
+        return {name: getattr(self, name) for name in ("architecture", "layers", "mean", "std")}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "FeatureExtractor":
+        """An extractor with fresh weights; raises ValueError or KeyError for what `config` does not give."""
+        architecture = config["architecture"]
+        return cls(_create(architecture), architecture, config["layers"], config["mean"], config["std"])
+
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`; the folder then needs nothing from outside."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"architecture": self.architecture, "layers": self.layers, "mean": self.mean, "std": self.std}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         save_file(self.backbone.state_dict(), folder / "model.safetensors")
 
     @classmethod
@@ -69,8 +79,7 @@ class FeatureExtractor(nn.Module):
         """Read what `save` wrote; raises ModelError."""
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            backbone = _create(config["architecture"])
-            extractor = cls(backbone, config["architecture"], config["layers"], config["mean"], config["std"])
+            extractor = cls.from_config(config)
             extractor.backbone.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddad.errors import DataError
+from ddad.errors import ConfigError, DataError
 
 TEMPORARY_PREFIX = ".unfinished-"
 _HERE, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h: relative to the working folder; swap
@@ -100,6 +100,12 @@ def _exchange(new: Path, old: Path) -> None:
     new.rename(old)
     (between / old.name).rename(new)
     between.rmdir()
+
+
+def check_place(folder: Path, mark: str, what: str) -> None:
+    """Raises ConfigError where a new `what`, known by its file `mark`, would replace something else in `folder`."""
+    if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(f"Expected a new or empty folder, or an older {what}, found other files in {folder}.")
 
 
 def sha256(path: Path) -> str:

@@ -1,13 +1,21 @@
-"""What a detector says of a photograph, and what the photograph looks like. NumPy is all it takes."""
+"""What a detector says of a photograph, and what the photograph looks like. NumPy and Pillow are all it takes."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ddad.errors import DataError
+from ddad.images import ImageRule, read_photo
+from ddad.streaming import in_batches
+
+ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 
 MOST_REGIONS = 20
 
@@ -59,6 +67,66 @@ class Prediction:
     """(H, W, 3) uint8: the photograph as the model sees it."""
     regions: tuple[Region, ...]
     """Anomalous regions in the photograph's own pixels, strongest first."""
+
+
+class Inspector(ABC):
+    """What inspects photographs: a `Detector`, or a `Runtime`."""
+
+    shape: tuple[int, int]
+    """(height, width) that photographs are resized to."""
+    image_rule: ImageRule
+
+    @property
+    @abstractmethod
+    def is_calibrated(self) -> bool:
+        """Whether 1 is what a good part's peak typically is; else maps have no unit."""
+
+    @abstractmethod
+    def predict_photos(self, batch: Sequence[Photo]) -> list[Prediction]:
+        """Inspect photographs that are read already, all in one batch."""
+
+    @overload
+    def predict(self, images: ImageSource, batch_size: int = ...) -> Prediction: ...  # type: ignore[overload-overlap]
+    @overload
+    def predict(self, images: Sequence[ImageSource], batch_size: int = ...) -> list[Prediction]: ...
+    def predict(
+        self, images: ImageSource | Sequence[ImageSource], batch_size: int = 4
+    ) -> Prediction | list[Prediction]:
+        """Inspect one photograph or a list of them.
+
+        Args:
+            images: a path, bytes, an open file, a PIL image, an array (H, W[, 1|3|4]) uint8, uint16, bool or float in
+                [0, 1], or a list of these. The score of an image does not depend on the others.
+            batch_size: how many go through the network together.
+
+        Raises:
+            DataError: an image that cannot be read.
+        """
+        if not isinstance(images, list | tuple):
+            return self.predict([images], batch_size)[0]  # type: ignore[list-item]
+        results = []
+        for _, result in self.stream(images, batch_size):
+            if isinstance(result, DataError):
+                raise result
+            results.append(result)
+        return results
+
+    def stream(
+        self, images: Iterable[ImageSource], batch_size: int = 4, workers: int = 1
+    ) -> Iterator[tuple[Any, Prediction | DataError]]:
+        """Inspect any number of photographs in order, a few in memory at a time.
+
+        Yields (source, prediction), or (source, error) for one that cannot be read. `workers` threads decode ahead of
+        the network.
+        """
+        return in_batches(images, self._read, self.predict_photos, batch_size, workers)
+
+    def _read(self, source: ImageSource) -> Photo | DataError:
+        try:
+            image, photo_size = read_photo(source, self.shape, self.image_rule)
+        except DataError as error:
+            return error
+        return Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
 
 
 def regions(

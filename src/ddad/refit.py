@@ -14,10 +14,10 @@ from ddad.config import Backend, Precision
 from ddad.conformal import images_needed
 from ddad.data.folder import scan
 from ddad.data.samples import fingerprint, paths_by_hash, split_hashes, spread, too_few_to_split
-from ddad.detector import RECORD, STUDENT, Detector, check_place, read_record
+from ddad.detector import RECORD, STUDENT, Detector, read_record
 from ddad.distillation import distil
 from ddad.errors import ConfigError, DataError
-from ddad.files import remove_leftovers
+from ddad.files import check_place, remove_leftovers
 from ddad.fit import CACHE_SHARE, MOST_SELECT, ImageCache, locked
 from ddad.training import Progress
 from ddad.tuning import FEWEST_JUDGED, adapt_features, can_adapt
@@ -335,7 +335,7 @@ def _place(model: str | Path, out: str | Path | None) -> Path:
     """Where the result goes, checked before anything is made there."""
     read_record(Path(model))
     place = Path(out or model).absolute()
-    check_place(place)
+    check_place(place, RECORD, "model")
     return place
 
 

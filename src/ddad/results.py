@@ -4,33 +4,18 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ddad.errors import DataError
-from ddad.images import ImageRule, heatmap, overlay, read_image, reduced_size, resize, write_png
-from ddad.prediction import Prediction, photo_statistics
+from ddad.images import heatmap, overlay, read_image, reduced_size, resize, write_png
+from ddad.prediction import Inspector, Prediction, photo_statistics
 from ddad.streaming import in_threads
 
 PICTURES = ("heatmap", "overlay", "reconstruction")
 MAX_PICTURE_SIDE = 1024
 """Pixels of the longer side; larger photographs are drawn reduced."""
-
-
-class Inspector(Protocol):
-    """What inspects: a `Detector`, or a `Runtime`."""
-
-    image_rule: ImageRule
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether 1 is what a good part's peak typically is; else maps have no unit."""
-
-    def stream(
-        self, images: Iterable[Path], batch_size: int, workers: int
-    ) -> Iterator[tuple[Any, Prediction | DataError]]:
-        """Each image with its prediction, or the reason why there is none."""
 
 
 def write_results(

@@ -9,27 +9,24 @@
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddad.errors import ConfigError, DataError, DDADError, ModelError
+from ddad.errors import ConfigError, DDADError, ModelError
 from ddad.files import sha256
-from ddad.images import ImageRule, named_images, read_photo
-from ddad.prediction import Photo, Prediction, regions
+from ddad.images import ImageRule, named_images
+from ddad.prediction import Inspector, Photo, Prediction, regions
 from ddad.results import print_results, write_results
-from ddad.streaming import in_batches
 
 RECORD = "export.json"
 FORMAT_VERSION = 1
 INPUT = "image"
-OUTPUTS = ("anomaly_score", "p_value", "is_anomalous", "anomaly_map", "reconstruction")
 ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """The package that runs each format."""
 
@@ -49,10 +46,11 @@ class Outputs(NamedTuple):
     """(B, H, W, 3) uint8."""
 
 
-class Runtime:
-    """An exported detector; predictions are those of the `Detector` it was made from, as `export.json` measured."""
+OUTPUTS = Outputs._fields
 
-    is_calibrated = True
+
+class Runtime(Inspector):
+    """An exported detector; predictions are those of the `Detector` it was made from, as `export.json` measured."""
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         """
@@ -77,39 +75,20 @@ class Runtime:
         self.threshold: float = self.record["threshold"]
         self._run = load_graph(folder / self.record["graph"], engine, self.record["precision"], threads)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Always: only calibrated models are exported."""
+        return True
+
     def infer(self, images: np.ndarray) -> Outputs:
         """What the graph says of photographs uint8 (B, H, W, 3) of any one size, RGB and upright."""
         return Outputs(*self._run(np.ascontiguousarray(images)))
 
-    def predict(self, images: Any, batch_size: int = 4) -> Any:
-        """Inspect one photograph or a list of them; arguments, results and errors as of `Detector.predict`."""
-        if not isinstance(images, list | tuple):
-            return self.predict([images], batch_size)[0]
-        results = []
-        for _, result in self.stream(images, batch_size):
-            if isinstance(result, DataError):
-                raise result
-            results.append(result)
-        return results
-
-    def stream(
-        self, images: Iterable[Any], batch_size: int = 4, workers: int = 1
-    ) -> Iterator[tuple[Any, Prediction | DataError]]:
-        """Each photograph in order with its prediction, or the reason why there is none; as `Detector.stream`."""
-        return in_batches(images, self._read, self.predict_photos, batch_size, workers)
-
-    def _read(self, source: str | Path | bytes | BinaryIO | np.ndarray) -> Photo | DataError:
-        try:
-            image, photo_size = read_photo(source, self.shape, self.image_rule)
-        except DataError as error:
-            return error
-        return Photo(str(source) if isinstance(source, str | Path) else None, image, photo_size)
-
-    def predict_photos(self, photos: Sequence[Photo]) -> list[Prediction]:
+    def predict_photos(self, batch: Sequence[Photo]) -> list[Prediction]:
         """Inspect photographs that are read already, all in one batch."""
-        if not photos:
+        if not batch:
             return []
-        outputs = self.infer(np.stack([photo.image for photo in photos]))
+        outputs = self.infer(np.stack([photo.image for photo in batch]))
         return [
             Prediction(
                 path=photo.path,
@@ -122,7 +101,7 @@ class Runtime:
                 image=photo.image,
                 regions=regions(anomaly_map, self.threshold, photo.size),
             )
-            for photo, score, p_value, is_anomalous, anomaly_map, reconstruction in zip(photos, *outputs, strict=True)
+            for photo, score, p_value, is_anomalous, anomaly_map, reconstruction in zip(batch, *outputs, strict=True)
         ]
 
 
@@ -210,8 +189,7 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(130)
+        sys.exit(130)
 
 
 def _positive(text: str) -> int:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ddad.conformal import images_needed
 from ddad.errors import ConfigError, DataError
+from ddad.files import sha256
 
 Item = TypeVar("Item")
 
@@ -62,8 +63,7 @@ class Split:
 def content_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the file's bytes, in hex. Raises DataError when it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(Path(path))
     except OSError as error:
         raise DataError(
             f"{os.fspath(path)}: expected a readable file, but {error.strerror or error}; check the path."

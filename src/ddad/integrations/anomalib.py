@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -432,7 +431,7 @@ def _tell_estimate(estimate: Estimate) -> None:
 
 def _described(detector: Detector) -> dict[str, Any]:
     """All but the weights, in plain data and tensors."""
-    features, known = detector.features, detector.calibration
+    known = detector.calibration
     return {
         "settings": detector.settings.model_dump(mode="json"),
         "shape": list(detector.shape),
@@ -441,17 +440,17 @@ def _described(detector: Detector) -> dict[str, Any]:
         "image_rule": asdict(detector.image_rule),
         "record": detector.record,
         "precision": detector.precision,
-        "features": {name: getattr(features, name) for name in ("architecture", "layers", "mean", "std")},
+        "features": detector.features.config,
     }
 
 
 def _restored(described: dict[str, Any]) -> Detector:
     """The detector that `_described` describes, with fresh weights."""
-    settings, features = parse_settings(described["settings"]), described["features"]
+    settings = parse_settings(described["settings"])
     detector = Detector(
         create_unet(settings.network.architecture),
         create_scheduler(settings.network.prediction_type),
-        FeatureExtractor(timm.create_model(features["architecture"], pretrained=False), **features),
+        FeatureExtractor.from_config(described["features"]),
         settings,
         tuple(described["shape"]),
         calibration=Calibration.model_validate(described["calibration"]),
