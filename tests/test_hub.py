@@ -31,7 +31,9 @@ def run(script, hub, home, *arguments, token=TOKEN):
     hidden = ("http_proxy", "https_proxy", "all_proxy", "hf_token")
     environment = {name: value for name, value in os.environ.items() if name.lower() not in hidden}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"} | ({"HF_TOKEN": token} if token else {})
+    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "0"} | (
+        {"HF_TOKEN": token} if token else {}
+    )
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
