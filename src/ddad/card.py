@@ -79,6 +79,40 @@ def model_card(
     )
 
 
+def family_card(record: Mapping[str, Any], members: Mapping[str, Mapping[str, Any]]) -> str:
+    """The card of one network for many categories.
+
+    Args:
+        record: the contents of `family.json`.
+        members: of each category's `detector.json`.
+    """
+    settings, training = record["settings"], record.get("training", {})
+    rows = {
+        "preset": f"`{settings['preset']}`",
+        "size": "{} x {} pixels".format(*record["shape"]),
+        "features": settings["scoring"]["features"],
+    }
+    if training:
+        rows["training"] = (
+            f"{training['steps']} steps, {training['seconds']:.0f} s, held-out loss {training['held_out_loss']}"
+        )
+    table = "".join(f"| {row} | {value} |\n" for row, value in rows.items())
+    for name, member in members.items():
+        calibration = Calibration.model_validate(member["calibration"]) if member["calibration"] else None
+        table += f"| {name} | {calibration.promise() if calibration else 'not calibrated'} |\n"
+    heads = HEADS if settings["network"]["attention_heads"] else ""
+    limits = LIMITS.replace("like the good ones", "like the good ones of its category")
+    return (
+        f"{_front({}, None, 'this folder')}# Anomaly detector for {', '.join(members)}\n\n"
+        "One network, trained on photographs of good parts of all these categories, with a threshold for each. A "
+        "photograph of any other product is judged as the category it looks most like, which says nothing.\n\n"
+        f"| | |\n|---|---|\n{table}{heads}\n"
+        "```python\nfrom ddad.family import Family\n"
+        f'result = Family.from_pretrained("this folder").predict("part.png", category="{next(iter(members))}")\n```\n'
+        f"{limits}{NOT_MEASURED}"
+    )
+
+
 def _rows(
     record: Mapping[str, Any], student: Mapping[str, Any] | None, calibration: Calibration | None
 ) -> dict[str, str]:
@@ -94,6 +128,8 @@ def _rows(
         rows["training"] = (
             f"{training['steps']} steps, {training['seconds']:.0f} s, held-out loss {training['held_out_loss']}"
         )
+    if family := record.get("family"):
+        rows["the network was trained for"] = ", ".join(family)
     rows["features"] = settings["scoring"]["features"]
     rows["licence of the features' pretrained weights"] = record.get("features_license") or "not recorded"
     for kind in ("adaptation", "tuning"):

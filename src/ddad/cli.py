@@ -15,10 +15,13 @@ from ddad.config import IMAGE_SIZE
 from ddad.errors import ConfigError, DDADError, Interrupted, ModelError
 
 if TYPE_CHECKING:
+    from ddad.bulk.run import ScoreProgress
     from ddad.data.check import CheckReport
     from ddad.detector import Detector
     from ddad.evaluation import Evaluation
+    from ddad.family import Family
     from ddad.fit import Estimate
+    from ddad.prediction import Inspector
     from ddad.training import Progress
 
 app = typer.Typer(
@@ -70,6 +73,21 @@ def _tiles(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _bounds(given: str | int) -> tuple[int, int]:
+    match = re.fullmatch(r"(?:(\d+):)?(\d+)", str(given).strip())
+    least, most = (int(match[1] or 1), int(match[2])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise typer.BadParameter(f"expected a number of workers such as 8, or 2:8, got {given!r}")
+    return least, most
+
+
+def _slice(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise typer.BadParameter(f"expected a slice from 1/n to n/n such as 3/8, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def _size(given: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(given).strip().lower())
     if not match:
@@ -101,6 +119,10 @@ PrecisionName = Annotated[
     typer.Option(
         metavar="NAME", help="fp32 (the default, unless calibrated in bf16), or bf16 where the processor computes it."
     ),
+]
+Category = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of a family; by default what a photograph looks like (predict only)."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutModel = Annotated[Path | None, typer.Option(help="The model folder to write; by default MODEL is replaced.")]
@@ -180,6 +202,10 @@ def train(
     ] = None,
     denoising_steps: Annotated[int | None, typer.Option(min=1, help="Network calls an image.")] = None,
     adapt: Annotated[bool, typer.Option(help="Adapt the features where that finds synthetic defects better.")] = True,
+    categories: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="One network for many: all, or a,b of DATA, which has a folder for each."),
+    ] = None,
     augment: Annotated[
         str | None, typer.Option(help="Any of hflip,vflip,rot90, where a turned part is as good.")
     ] = None,
@@ -203,6 +229,31 @@ def train(
         augment=augment,
         adapt=adapt,
     )
+    if categories is not None:
+        if log_with:
+            raise ConfigError(
+                "Expected no --log-with beside --categories, whose training is not tracked; leave it out."
+            )
+        from ddad.family import train_family
+
+        with _Interruptible(), _ProgressPrinter(quiet=as_json) as printer:
+            train_family(
+                data,
+                out,
+                settings,
+                categories=None if categories == "all" else categories.split(","),
+                steps=steps,
+                time_budget=time_budget,
+                device=device,
+                workers=workers,
+                on_estimate=printer.estimate,
+                on_progress=printer.progress,
+                on_stage=printer.say,
+            )
+        _print_family(out, as_json)
+        if not as_json:
+            printer.say(f"Family written to {out}. Next: ddad predict {out} IMAGES... --out DIR")
+        return
     from ddad.detector import read_record
     from ddad.fit import fit
 
@@ -233,6 +284,7 @@ def predict(
     model: Model,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="The folder for results.jsonl and the pictures.")],
+    category: Category = None,
     batch_size: BatchSize = 4,
     fast: Fast = False,
     backend: BackendName = None,
@@ -246,10 +298,100 @@ def predict(
     from ddad.results import print_results, write_results
 
     paths = named_images(images)
-    detector = _load(model, device, fast, backend, precision)
+    inspector: Inspector
+    if family := _load_family(model, category, device, fast, backend, precision):
+        inspector = family.detector(category) if category else family
+    else:
+        inspector = _load(model, device, fast, backend, precision)
     with _Interruptible():
-        rows = write_results(detector, paths, out, batch_size=batch_size, workers=workers)
+        rows = write_results(inspector, paths, out, batch_size=batch_size, workers=workers)
         print_results(rows, out, as_json)
+
+
+@app.command()
+def score(
+    model: Model,
+    manifest: Annotated[
+        str,
+        typer.Argument(
+            help="Parquet or CSV with a column `uri`, a folder of Parquet files, or a folder of images; "
+            "a path, or a URI that fsspec reads (s3://, gs://, https:// ...)."
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="PLACE", help="The folder for the results, a path or URI.")],
+    engine: Annotated[str, typer.Option(metavar="NAME", help="local (processes) or ray.")] = "local",
+    workers: Annotated[
+        Any,
+        typer.Option(
+            parser=_bounds,
+            metavar="[MIN:]MAX",
+            help="Processes, or Ray actors; by default as many as there are processors or GPUs.",
+        ),
+    ] = None,
+    part: Annotated[
+        Any,
+        typer.Option(
+            "--shard", parser=_slice, metavar="I/N", help="Only every n-th shard, from the i-th on (1/n to n/n)."
+        ),
+    ] = "1/1",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; by default RAY_ADDRESS, or this machine.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that each Ray actor takes; 0.5: two share one.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Photographs a shard: what is lost with a worker.")] = 1000,
+    batch_size: BatchSize = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Of each worker.")] = 1,
+    readers: Annotated[int, typer.Option(min=1, help="Threads of each worker that fetch and decode.")] = 4,
+    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Also write the anomaly maps, as .npz.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how long it would take, from a sample.")] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of one worker an hour, for the cost in a dry run.")
+    ] = None,
+    fast: Fast = False,
+    backend: BackendName = None,
+    precision: PrecisionName = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score an archive of any size into Parquet. The same command again goes on where it was stopped."""
+    from ddad.bulk.run import estimate, score_manifest
+
+    options: dict[str, Any] = {
+        "shard_size": shard_size,
+        "batch_size": batch_size,
+        "threads": threads,
+        "readers": readers,
+        "heatmaps": heatmaps,
+        "fast": fast,
+        "backend": backend,
+        "precision": precision,
+        "device": device,
+    }
+    least, most = workers or (1, None)
+    if dry_run:
+        expected = estimate(model, manifest, workers=most, **options)
+        print(json.dumps(expected.to_dict(price), indent=2) if as_json else expected.sentence(price))
+        return
+    with _Interruptible(), _ProgressPrinter(quiet=as_json) as printer:
+        report = score_manifest(
+            model,
+            manifest,
+            out,
+            engine=engine,
+            workers=most,
+            least_workers=least,
+            slice_of=part,
+            address=address,
+            gpus_per_worker=gpus_per_worker,
+            on_stage=printer.say,
+            on_progress=printer.scored,
+            **options,
+        )
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report.sentence(out))
+    if report.given_up:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -257,6 +399,7 @@ def evaluate(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder for metrics.json and report.html.")],
+    category: Category = None,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also judge nearest-neighbour features of the same images.")
     ] = False,
@@ -273,7 +416,12 @@ def evaluate(
     """Measure a model on labelled test images; write metrics.json and one report.html."""
     from ddad.report import evaluate_folder
 
-    detector = _load(model, device, fast, backend, precision)
+    if family := _load_family(model, category, device, fast, backend, precision):
+        if category is None:
+            raise ConfigError(f"Expected --category with one of {', '.join(family.categories)}, found none.")
+        detector = family.detector(category)
+    else:
+        detector = _load(model, device, fast, backend, precision)
     with _Interruptible():
         evaluation = evaluate_folder(detector, data, out, baseline=baseline, batch_size=batch_size, workers=workers)
     _print_evaluation(evaluation, out, as_json)
@@ -581,8 +729,11 @@ def benchmark(
 @app.command()
 def info(model: Model, as_json: AsJson = False) -> None:
     """Say what a model is: settings, data, promise."""
-    from ddad.detector import model_folder, read_record
+    from ddad.detector import is_family, model_folder, read_record
 
+    if is_family(model):
+        _print_family(model, as_json)
+        return
     model = model_folder(model)
     record = read_record(model)
     if as_json:
@@ -724,6 +875,53 @@ def _load(model: Path, device: str | None, fast: bool, backend: Any, precision: 
     return detector
 
 
+def _load_family(
+    model: Path, category: str | None, device: str | None, fast: bool, backend: str | None, precision: str | None
+) -> "Family | None":
+    """The family of categories in a folder; None for a model of one."""
+    from ddad.detector import is_family
+
+    if not is_family(model):
+        if category is not None:
+            raise ConfigError(f"Expected a family for --category, found a model of one in {model}; leave it out.")
+        return None
+    if fast or backend not in (None, "torch") or precision not in (None, "fp32"):
+        raise ConfigError(
+            "Expected neither --fast nor another --backend or --precision for a family, found one; leave it out, or "
+            "save the category as a model of its own."
+        )
+    from ddad.family import Family
+
+    return Family.from_pretrained(model, device)
+
+
+def _print_family(folder: Path, as_json: bool) -> None:
+    """What a family is, and the promise of each category."""
+    from ddad.detector import read_record
+    from ddad.family import read_family
+
+    record = read_family(folder)
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    training = record.get("training", {})
+    rows = {
+        "categories": ", ".join(record["categories"]),
+        "preset": record["settings"]["preset"],
+        "shape": "{} x {} pixels".format(*record["shape"]),
+        "features": record["settings"]["scoring"]["features"],
+        "trained": record.get("trained"),
+        "steps": training.get("steps"),
+        "held-out loss": training.get("held_out_loss"),
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    for name in record["categories"]:
+        table.add_row(name, _promise(read_record(folder / "categories" / name)))
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
 def _to_change(model: Path, out: Path | None) -> Path:
     """The folder of a model that a command changes, in place unless there is an `out`."""
     from ddad.detector import model_folder
@@ -836,6 +1034,7 @@ class _ProgressPrinter:
         self.console = Console(stderr=quiet, soft_wrap=True, highlight=False)
         self.bar: Any = None
         self.task: Any = None
+        self.tenth = 0
 
     def __enter__(self) -> "_ProgressPrinter":
         return self
@@ -861,8 +1060,8 @@ class _ProgressPrinter:
         held_out = "" if progress.held_out_loss is None else f", held-out loss {progress.held_out_loss:.5f}"
         if self.console.is_terminal:
             if self.bar is None:
-                self._start(progress)
-            self.bar.update(self.task, completed=progress.step, loss=f"loss {progress.loss:.4f}{held_out}")
+                self._start(progress.steps)
+            self.bar.update(self.task, completed=progress.step, said=f"loss {progress.loss:.4f}{held_out}")
         elif progress.step % max(1, progress.steps // 10) == 0 or progress.step == progress.steps:
             left = progress.seconds / progress.step * (progress.steps - progress.step)
             self.console.print(
@@ -870,13 +1069,28 @@ class _ProgressPrinter:
                 markup=False,
             )
 
-    def _start(self, progress: "Progress") -> None:
+    def scored(self, progress: "ScoreProgress") -> None:
+        said = f"{progress.flagged:,} anomalous, {progress.errors:,} not inspected"
+        if self.console.is_terminal:
+            if self.bar is None:
+                self._start(progress.images)
+            self.bar.update(self.task, completed=progress.done, said=said)
+            return
+        tenth = 10 * progress.done // progress.images
+        if tenth > self.tenth:
+            self.tenth = tenth
+            self.console.print(
+                f"{progress.done:,} of {progress.images:,} photographs, {said}, {_time(progress.seconds_left)} left",
+                markup=False,
+            )
+
+    def _start(self, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
         self.bar = Bar(*columns, console=self.console)
-        self.task = self.bar.add_task("training", total=progress.steps, loss="")
+        self.task = self.bar.add_task("", total=total, said="")
         self.bar.start()
 
     def _stop(self) -> None:

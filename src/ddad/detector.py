@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -57,15 +56,26 @@ from ddad.prediction import ImageSource, Inspector, Photo, PhotoStatistics, Pred
 from ddad.sampling import Noise, match_level, reconstruct, to_pixels, to_unit
 from ddad.streaming import chunks, in_batches
 from ddad.tiling import Tiles, Tiling
-from ddad.unet import choose_device, clean_from, load_scheduler, load_unet, predict, set_attention_heads
+from ddad.unet import (
+    choose_device,
+    clean_from,
+    for_category,
+    load_scheduler,
+    load_unet,
+    predict,
+    set_attention_heads,
+)
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
 FORMAT_VERSION = 1
 RECORD = "detector.json"
+FAMILY = "family.json"
+"""Marks the folder of one network for many categories (`ddad.family`)."""
 OF_THE_FOLDER = ("format_version", "versions", "files")
 """What of the record is written anew with each folder."""
+_ARGUMENTS = ("settings", "shape", "calibration", "image_rule")
 CARD = "README.md"
 STATISTICS = "statistics.safetensors"
 PARTS = ("unet", "scheduler", "features", STATISTICS)
@@ -101,12 +111,14 @@ class Detector(Inspector):
         image_rule: ImageRule | None = None,
         record: dict[str, Any] | None = None,
         device: str | torch.device | None = None,
+        label: int | None = None,
     ) -> None:
         """
         Args:
             shape: (height, width) that photographs are resized to; of the canvas, where there are tiles.
+            label: the number of this detector's category, where the network is one for many.
         """
-        self._know(settings, shape, calibration, statistics, image_rule or ImageRule(), record or {})
+        self._know(settings, shape, calibration, statistics, image_rule or ImageRule(), record or {}, label)
         if settings.network.attention_heads:
             set_attention_heads(unet, settings.network.attention_heads)
         self.unet, self.scheduler, self.features = unet.eval(), scheduler, features.eval()
@@ -120,7 +132,8 @@ class Detector(Inspector):
 
     # Methods, so that other features can be set and a copy uses its own networks.
     def _denoise(self, sample: Tensor, timesteps: Tensor) -> Tensor:
-        return predict(self.unet, sample, timesteps)
+        labels = None if self.label is None else torch.full(sample.shape[:1], self.label, device=sample.device)
+        return predict(self.unet, sample, timesteps, labels)
 
     def _extract(self, images: Tensor) -> Sequence[Tensor]:
         return self.features(images)
@@ -133,6 +146,7 @@ class Detector(Inspector):
         statistics: PositionStatistics | None,
         image_rule: ImageRule,
         record: dict[str, Any],
+        label: int | None = None,
     ) -> None:
         self.settings = settings
         self.shape = shape
@@ -142,6 +156,7 @@ class Detector(Inspector):
         self.image_rule = image_rule
         self.record = record
         """What is known of the training: data fingerprint, steps, measured numbers."""
+        self.label = label
         self.backend: Backend = "torch"
         self.precision: Precision = "fp32"
         """Of the U-Net: `fp32`, or `bf16` for speed; scores then move, and want a calibration of their own."""
@@ -152,7 +167,7 @@ class Detector(Inspector):
         folder = self.__dict__.get("_graphs_of")
         if folder is None or name not in ("unet", "scheduler", "features"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        self.unet, self.scheduler, self.features = _load_parts(folder, self.settings)
+        self.unet, self.scheduler, self.features = load_networks(folder, self.settings)
         return self.__dict__[name]
 
     def to(self, device: str | torch.device) -> "Detector":
@@ -469,6 +484,7 @@ class Detector(Inspector):
                     reconstruction=reconstruction,
                     image=photo.image,
                     regions=() if limit is None else regions(anomaly_map, limit, photo.size),
+                    category=None if self.label is None else self.record.get("category"),
                 )
             )
         return results
@@ -482,6 +498,8 @@ class Detector(Inspector):
         student: "Detector | None" = None,
     ) -> None:
         """Write the model folder: everything the model needs, without pickle; replaces an older model of this name.
+
+        One category of a network for many becomes a model of its own.
 
         Args:
             folder: where to; written under a temporary name first, then renamed.
@@ -520,9 +538,12 @@ class Detector(Inspector):
             )
 
     def _write(self, folder: Path) -> dict[str, Any]:
-        self.unet.save_pretrained(folder / "unet")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        self.features.save(folder / "features")
+        unet = self.unet if self.label is None else for_category(self.unet, self.label)
+        save_networks(unet, self.scheduler, self.features, folder)
+        return self.save_record(folder)
+
+    def save_record(self, folder: Path) -> dict[str, Any]:
+        """Write all but the networks into a folder that is there; returns the contents of `detector.json`."""
         if self.statistics:
             save_file(self.statistics._asdict(), folder / STATISTICS)
         record = {
@@ -574,28 +595,7 @@ class Detector(Inspector):
                     f"{folder.parent} DATA, or leave out --fast."
                 )
             record = read_record(folder)
-        calibrated = record.get("calibration") is not None
-        by_position = record.get("settings", {}).get("scoring", {}).get("position") == "standardise"
-        try:
-            stored = load_file(folder / STATISTICS) if calibrated and by_position else None
-        except (OSError, SafetensorError) as error:
-            raise _incomplete(folder, error) from None
-        try:
-            calibration = record.pop("calibration")
-            settings, shape = parse_settings(record.pop("settings")), tuple(record.pop("shape"))
-            known: dict[str, Any] = {
-                "calibration": calibration and Calibration.model_validate(calibration),
-                "statistics": PositionStatistics(**stored) if stored else None,
-                "image_rule": ImageRule(**record.pop("image_rule")),
-                "record": {
-                    key: value for key, value in record.items() if key not in ("format_version", "versions", "files")
-                },
-            }
-        except (KeyError, TypeError, ValidationError, ConfigError) as error:
-            raise ModelError(
-                f"Expected settings this version understands in {folder / 'detector.json'}, found others "
-                f"({str(error).splitlines()[0]}); train the model again."
-            ) from None
+        settings, shape, known = load_record(folder, record)
         backend, precision = _computed(known["calibration"], backend, precision)
         check_backend(backend, precision, device)
         if backend in WITH_GRAPHS:
@@ -605,7 +605,7 @@ class Detector(Inspector):
             except OSError as error:
                 raise _incomplete(folder, error) from None
             if graphs is None:
-                detector = cls(*_load_parts(folder, settings), settings, shape, **known, device="cpu")
+                detector = cls(*load_networks(folder, settings), settings, shape, **known, device="cpu")
                 graphs = make_graphs(folder, tile, detector.unet, detector.features, *detector._networks[2:])
             detector = cls.__new__(cls)
             detector._know(settings, shape, **known)
@@ -613,7 +613,7 @@ class Detector(Inspector):
             detector.backend, detector.precision = backend, precision
             detector._graphs_of, detector.device = folder, torch.device("cpu")
             return detector
-        detector = cls(*_load_parts(folder, settings), settings, shape, **known, device=device)
+        detector = cls(*load_networks(folder, settings), settings, shape, **known, device=device)
         if precision == "bf16":
             # Faster on CPUs, too; but there GroupNorm then rounds a thousand times more coarsely, so not in fp32.
             detector.unet.to(memory_format=torch.channels_last)
@@ -622,6 +622,45 @@ class Detector(Inspector):
             denoise, features = compiled(detector.unet, detector.features)
             detector._networks = detector._networks._replace(denoise=denoise, features=features)
         return detector
+
+
+def load_record(folder: Path, record: dict[str, Any]) -> tuple[Settings, tuple[int, int], dict[str, Any]]:
+    """What `Detector.save_record` wrote, of which `record` is read already.
+
+    Returns:
+        Settings, shape, and further arguments of a `Detector`.
+
+    Raises:
+        ModelError: there is something else.
+    """
+    calibrated = record.get("calibration") is not None
+    by_position = record.get("settings", {}).get("scoring", {}).get("position") == "standardise"
+    try:
+        stored = load_file(folder / STATISTICS) if calibrated and by_position else None
+    except (OSError, SafetensorError) as error:
+        raise _incomplete(folder, error) from None
+    try:
+        calibration = record["calibration"]
+        known: dict[str, Any] = {
+            "calibration": calibration and Calibration.model_validate(calibration),
+            "statistics": PositionStatistics(**stored) if stored else None,
+            "image_rule": ImageRule(**record["image_rule"]),
+            "record": {key: value for key, value in record.items() if key not in (*OF_THE_FOLDER, *_ARGUMENTS)},
+        }
+        height, width = record["shape"]
+        return parse_settings(record["settings"]), (height, width), known
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise ModelError(
+            f"Expected settings this version understands in {folder / RECORD}, found others "
+            f"({str(error).splitlines()[0]}); train the model again."
+        ) from None
+
+
+def save_networks(unet: Any, scheduler: "DDIMScheduler", features: Any, folder: Path) -> None:
+    """Write the networks, and the noise schedule, of a model folder."""
+    unet.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    features.save(folder / "features")
 
 
 def _computed(
@@ -634,7 +673,14 @@ def _computed(
     return backend or "torch", precision or "fp32"
 
 
-def _load_parts(folder: Path, settings: Settings) -> tuple[Any, "DDIMScheduler", FeatureExtractor]:
+def load_networks(folder: Path, settings: Settings) -> tuple[Any, "DDIMScheduler", FeatureExtractor]:
+    """U-Net, scheduler and features of a model folder; raises ModelError where they are not there."""
+    around = folder.absolute().parent.parent
+    if not (folder / "unet").exists() and is_family(around):
+        raise ModelError(
+            f"Expected a model folder, found one category of the family in {around}; name that folder, and "
+            f"--category {folder.name}."
+        )
     try:
         unet, scheduler = load_unet(folder / "unet"), load_scheduler(folder / "scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -651,9 +697,19 @@ def _incomplete(folder: Path, error: Exception) -> ModelError:
     )
 
 
+def is_family(folder: str | Path) -> bool:
+    """Whether the folder holds a family (`ddad.family`), rather than a model of one category."""
+    return (Path(folder) / FAMILY).is_file()
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The contents of `detector.json`; raises ModelError where there is no readable one."""
     path = folder / RECORD
+    if is_family(folder):
+        raise ModelError(
+            f"Expected a model of one category, found a family of many in {folder}; ddad predict, evaluate and info "
+            "take it, and ddad.family.Family, whose detector(NAME).save_pretrained(FOLDER) makes a model of one."
+        )
     if not path.is_file():
         raise ModelError(
             f"Expected a model folder with a detector.json, found none at {folder}; "

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -26,8 +26,9 @@ from ddad.config import Settings
 from ddad.data.folder import scan
 from ddad.data.samples import Dataset, Split, fingerprint, model_shape, split_good, spread, too_few_to_split
 from ddad.detector import Detector, read_record
+from ddad.distributed import Processes, alike, join
 from ddad.errors import ConfigError, ModelError
-from ddad.features import create_features, weights_license
+from ddad.features import FeatureExtractor, create_features, weights_license
 from ddad.files import remove_leftovers, write_json
 from ddad.images import ImageRule, fit_image_rule, probe, read_image
 from ddad.sampling import to_unit
@@ -134,6 +135,10 @@ def fit(
 
     Run again with the same arguments it resumes (from `out`.run), or returns at once where the model is there.
 
+    Several processes that were launched together (`ddad.distributed`) share the training; batches stay as large as the
+    settings say. Only the main one writes, calls back and returns: the others end in here with SystemExit, when
+    training is over or the main one raises an error.
+
     Args:
         data: a folder in MVTec layout, a folder of good images, or one category of another layout.
         out: the model folder to write.
@@ -151,93 +156,87 @@ def fit(
     started = time.monotonic()
     out = Path(out)
     run = out.with_name(out.name + ".run")
-    if steps is not None and time_budget is not None:
-        raise ConfigError("Expected either a number of steps or a time budget, found both; leave one out.")
-    if steps is None and time_budget is None:
-        time_budget = DEFAULT_TIME_BUDGET
-    check_trackers(log_with)
-    on_device = choose_device(device)
-    dataset = data if isinstance(data, Dataset) else scan(data)
-    paths = [sample.path for sample in dataset.train]
-    split = split_good(paths, settings.false_alarms)
+    with alike():
+        if steps is not None and time_budget is not None:
+            raise ConfigError("Expected either a number of steps or a time budget, found both; leave one out.")
+        if steps is None and time_budget is None:
+            time_budget = DEFAULT_TIME_BUDGET
+        check_trackers(log_with)
+        on_device = choose_device(device)
+    processes = join(on_device)
+    processes.share(settings.training.batch_size)
+    if not processes.is_main:
+        _assist(processes, settings, run, on_device, time_budget, workers)
     asked = {"steps": steps, "seconds": time_budget}
-    data_fingerprint = fingerprint(split.hashes.values())
-
-    if out.exists():
-        _check_finished(out, settings, data_fingerprint, asked)
-        shutil.rmtree(run, ignore_errors=True)
-        on_stage(f"{out} is already trained with these settings on these images; nothing to do.")
-        return out
-    rows, columns = settings.tiles
-    sizes = [(info.height / spans(rows), info.width / spans(columns)) for info in map(probe, paths)]
-    tile = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
-    tiling = Tiling(rows, columns, tile)
-    shape = tiling.canvas
-    features = create_features(settings.scoring.features, settings.scoring.feature_layers, tile)
-    with locked(run), ExitStack() as stack:
-        remove_leftovers(out.parent, out.name)
+    with ExitStack() as stack:
+        with processes.together() as task:
+            prepared = _prepare(data, out, run, settings, asked, stack, on_stage)
+            if prepared:
+                task.update(
+                    train=prepared.split.train,
+                    tiling=prepared.tiling,
+                    rule=prepared.rule,
+                    planned=prepared.plan is not None,
+                )
+        if not prepared:
+            processes.leave()
+            return out
+        split, tiling, rule, plan = prepared.split, prepared.tiling, prepared.rule, prepared.plan
+        shape = tiling.canvas
         store = CheckpointStore(run)
-        plan = _load_plan(run)
-        if plan:
-            _check_same(plan, settings, data_fingerprint, asked, run)
-            rule = ImageRule(white=plan.white)
-        else:
-            rule = fit_image_rule(paths)
-        on_stage(
-            f"{len(paths)} good images at {shape[0]} x {shape[1]} pixels"
-            f"{f', in {tiling.number} tiles of {tile[0]} x {tile[1]}' if tiling.number > 1 else ''}: "
-            f"{len(split.train)} to train, "
-            f"{len(split.select)} to select, {len(split.calibration)} to calibrate."
-        )
-        memory = psutil.virtual_memory().available * CACHE_SHARE
-        images = ImageCache(split.train, shape, rule, memory, workers)
-        others = psutil.virtual_memory().available * CACHE_SHARE
-        select = ImageCache(split.select, shape, rule, others / 2, workers)
-        calibration = ImageCache(split.calibration, shape, rule, others / 2, workers)
+        with processes.together():
+            images = ImageCache(split.train, shape, rule, _memory(processes), workers)
+            memory = _memory(processes)
+            select = ImageCache(split.select, shape, rule, memory / 2, workers)
+            calibration = ImageCache(split.calibration, shape, rule, memory / 2, workers)
 
-        torch.manual_seed(settings.seed)
-        unet = create_unet(settings.network.architecture)
+        unet = _fresh_unet(settings)
         scheduler = create_scheduler(settings.network.prediction_type)
         trainer = _trainer(unet, settings, on_device)
-        detector = Detector(unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device)
+        detector = Detector(unet, scheduler, prepared.features, settings, shape, image_rule=rule, device=trainer.device)
         done = store.latest_step()
-        if plan:
-            estimate = Estimate(**{**plan.estimate, "shape": shape})
-            left = 1 - done / estimate.steps
-            estimate = replace(estimate, train_seconds=left * estimate.train_seconds)
-        else:
-            estimate = _measure(trainer, detector, images, split, steps, time_budget, started)
-            plan = Plan(
-                settings=settings.model_dump(mode="json"),
-                data=data_fingerprint,
-                shape=shape,
-                white=rule.white,
-                train=tuple(split.hashes[path] for path in split.train),
-                select=tuple(split.hashes[path] for path in split.select),
-                calibration=tuple(split.hashes[path] for path in split.calibration),
-                budget=asked,
-                estimate=asdict(estimate),
-            )
-            write_json(run / "run.json", asdict(plan))
-        if done:
-            on_stage(f"Resuming after step {done} of {plan.steps}.")
-        on_estimate(estimate)
+        with processes.together() as decided:
+            if plan:
+                estimate = Estimate(**{**plan.estimate, "shape": shape})
+                left = 1 - done / estimate.steps
+                estimate = replace(estimate, train_seconds=left * estimate.train_seconds)
+            else:
+                estimate = _measure(trainer, detector, images, split, steps, time_budget, started)
+                plan = Plan(
+                    settings=settings.model_dump(mode="json"),
+                    data=prepared.fingerprint,
+                    shape=shape,
+                    white=rule.white,
+                    train=tuple(split.hashes[path] for path in split.train),
+                    select=tuple(split.hashes[path] for path in split.select),
+                    calibration=tuple(split.hashes[path] for path in split.calibration),
+                    budget=asked,
+                    estimate=asdict(estimate),
+                )
+                write_json(run / "run.json", asdict(plan))
+            if processes.count > 1:
+                each = len(processes.share(settings.training.batch_size))
+                on_stage(f"{processes.count} processes, with {each} images of each step.")
+            if done:
+                on_stage(f"Resuming after step {done} of {plan.steps}.")
+            on_estimate(estimate)
 
-        log = _Log(run / "log.jsonl")
-        logs = Path(log_dir) if log_dir else out.with_name(out.name + ".logs")
-        track = stack.enter_context(
-            trackers(
-                log_with,
-                logs,
-                out.name,
-                done=done,
-                settings={**plan.settings, "steps": plan.steps, "good_images": plan.data},
-                state=run / "tracked.json",
-                device=trainer.device,
+            log = _Log(run / "log.jsonl")
+            logs = Path(log_dir) if log_dir else out.with_name(out.name + ".logs")
+            track = stack.enter_context(
+                trackers(
+                    log_with,
+                    logs,
+                    out.name,
+                    done=done,
+                    settings={**plan.settings, "steps": plan.steps, "good_images": plan.data},
+                    state=run / "tracked.json",
+                    device=trainer.device,
+                )
             )
-        )
-        if log_with:
-            on_stage(f"Followed by {', '.join(log_with)} in {logs}.")
+            if log_with:
+                on_stage(f"Followed by {', '.join(log_with)} in {logs}.")
+            decided["steps"] = plan.steps
 
         def progress(event: Progress) -> None:
             log.write(event)
@@ -252,6 +251,7 @@ def fit(
             on_progress=progress,
             on_resume=log.resume,
         )
+        processes.leave()
         log.close()
         if diverged(log.held_out):
             on_stage(
@@ -268,7 +268,7 @@ def fit(
             else:
                 detector.calibrate(spread(select, MOST_SELECT), calibration)
             detector.record = {
-                "category": dataset.category,
+                "category": prepared.dataset.category,
                 "trained": datetime.now(UTC).isoformat(timespec="seconds"),
                 "data": {
                     "fingerprint": plan.data,
@@ -289,6 +289,95 @@ def fit(
             detector.save_pretrained(out, extra={"training.jsonl": log.path})
         shutil.rmtree(run)
     return out
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What there is to train on, and the plan of an earlier sitting."""
+
+    dataset: Dataset
+    split: Split
+    fingerprint: str
+    tiling: Tiling
+    rule: ImageRule
+    features: FeatureExtractor
+    plan: Plan | None
+
+
+def _prepare(
+    data: str | Path | Dataset,
+    out: Path,
+    run: Path,
+    settings: Settings,
+    asked: dict[str, float | None],
+    stack: ExitStack,
+    on_stage: Callable[[str], None],
+) -> _Prepared | None:
+    """Look at the images and at what there is already, and lock the run; None where the model is there."""
+    dataset = data if isinstance(data, Dataset) else scan(data)
+    paths = [sample.path for sample in dataset.train]
+    split = split_good(paths, settings.false_alarms)
+    data_fingerprint = fingerprint(split.hashes.values())
+
+    if out.exists():
+        _check_finished(out, settings, data_fingerprint, asked)
+        shutil.rmtree(run, ignore_errors=True)
+        on_stage(f"{out} is already trained with these settings on these images; nothing to do.")
+        return None
+    rows, columns = settings.tiles
+    sizes = [(info.height / spans(rows), info.width / spans(columns)) for info in map(probe, paths)]
+    tile = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
+    tiling = Tiling(rows, columns, tile)
+    features = create_features(settings.scoring.features, settings.scoring.feature_layers, tile)
+    stack.enter_context(locked(run))
+    remove_leftovers(out.parent, out.name)
+    plan = _load_plan(run)
+    if plan:
+        _check_same(plan, settings, data_fingerprint, asked, run)
+    rule = ImageRule(white=plan.white) if plan else fit_image_rule(paths)
+    height, width = tiling.canvas
+    on_stage(
+        f"{len(paths)} good images at {height} x {width} pixels"
+        f"{f', in {tiling.number} tiles of {tile[0]} x {tile[1]}' if tiling.number > 1 else ''}: "
+        f"{len(split.train)} to train, "
+        f"{len(split.select)} to select, {len(split.calibration)} to calibrate."
+    )
+    return _Prepared(dataset, split, data_fingerprint, tiling, rule, features, plan)
+
+
+def _assist(
+    processes: Processes,
+    settings: Settings,
+    run: Path,
+    device: torch.device,
+    time_budget: float | None,
+    workers: int,
+) -> NoReturn:
+    """What a process beside the main one does, in step with `fit`: its share of the training."""
+    with processes.together() as task:
+        pass
+    if not task:
+        processes.leave()
+    tiling = task["tiling"]
+    with processes.together():
+        images = ImageCache(task["train"], tiling.canvas, task["rule"], _memory(processes), workers)
+    trainer = _trainer(_fresh_unet(settings), settings, device)
+    with processes.together() as decided:
+        if not task["planned"]:
+            _step_seconds(trainer, settings, Tiles(images, tiling), time_budget)
+    trainer.run(Tiles(images, tiling), decided["steps"], store=CheckpointStore(run))
+    processes.leave()
+    raise AssertionError("the main process goes on in `fit`")
+
+
+def _memory(processes: Processes) -> float:
+    """Bytes that one process may fill with decoded images now."""
+    return psutil.virtual_memory().available * CACHE_SHARE / processes.local_count
+
+
+def _fresh_unet(settings: Settings) -> Any:
+    torch.manual_seed(settings.seed)
+    return create_unet(settings.network.architecture)
 
 
 def _across(split: Split, settings: Settings) -> bool:
@@ -323,10 +412,8 @@ def _measure(
 ) -> Estimate:
     """Time a few steps on copies, and one inspection, so that the work fits the budget and the estimate is true."""
     settings = detector.settings
-    scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
-    patience = 2.0 if time_budget is None else min(10.0, time_budget / 20)
-    tiles = Tiles(images, detector.tiling)
-    step_seconds = _median_seconds(lambda index: scratch.step(tiles, index, 1000), patience)
+    patience = _patience(time_budget)
+    step_seconds = _step_seconds(trainer, settings, Tiles(images, detector.tiling), time_budget)
     trainer.plain_unet.eval()
     chunk = [images[i] for i in range(min(4, len(images)))]
     inspect_seconds = _median_seconds(lambda index: detector.compare(chunk), patience / 2) / len(chunk)
@@ -383,6 +470,18 @@ def _measure(
     )
 
 
+def _step_seconds(trainer: Trainer, settings: Settings, tiles: Tiles, time_budget: float | None) -> float:
+    """Of one training step, on copies; all processes take as many as the main one has time for."""
+    scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
+    agree = trainer.processes.as_main
+    return _median_seconds(lambda index: scratch.step(tiles, index, 1000), _patience(time_budget), agree)
+
+
+def _patience(time_budget: float | None) -> float:
+    """Seconds that measuring one thing may take."""
+    return 2.0 if time_budget is None else min(10.0, time_budget / 20)
+
+
 def _adaptation_seconds(detector: Detector, chunk: Sequence[np.ndarray], patience: float) -> float:
     """Of one image in one pass."""
     settings = detector.settings.adaptation
@@ -392,12 +491,14 @@ def _adaptation_seconds(detector: Detector, chunk: Sequence[np.ndarray], patienc
     return _median_seconds(lambda index: adapter.step(target, target.flip(-1)), patience) / len(batch)
 
 
-def _median_seconds(action: Callable[[int], Any], patience: float) -> float:
+def _median_seconds(
+    action: Callable[[int], Any], patience: float, agree: Callable[[bool], bool] = lambda more: more
+) -> float:
     """Of one call, from a few; the first, which allocates and chooses kernels, does not count."""
     action(0)
     durations: list[float] = []
     begin = time.monotonic()
-    while not durations or (time.monotonic() - begin < patience and len(durations) < 20):
+    while agree(not durations or (time.monotonic() - begin < patience and len(durations) < 20)):
         before = time.monotonic()
         result = action(len(durations) + 1)
         if isinstance(result, torch.Tensor):

@@ -67,6 +67,8 @@ class Prediction:
     """(H, W, 3) uint8: the photograph as the model sees it."""
     regions: tuple[Region, ...]
     """Anomalous regions in the photograph's own pixels, strongest first."""
+    category: str | None = None
+    """The category it was judged as, by one network for many."""
 
 
 class Inspector(ABC):

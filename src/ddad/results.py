@@ -68,6 +68,7 @@ def to_row(path: Path | str, result: Prediction | DataError) -> dict[str, Any]:
     """One line of `results.jsonl`."""
     ok = result if isinstance(result, Prediction) else None
     return {
+        **({"category": ok.category} if ok and ok.category is not None else {}),
         "path": str(path),
         "anomaly_score": ok and ok.anomaly_score,
         "p_value": ok and ok.p_value,

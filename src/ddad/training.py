@@ -1,7 +1,9 @@
 """Train the denoiser on good images: the denoising loss, the loop, the moving average.
 
-Batches, timesteps and noise of step k come from a generator seeded by (seed, k): nothing random has to be stored, and
-a run that was stopped at any step and resumed gives, on a CPU, the same weights bit for bit as one that was not.
+Batches and timesteps of step k come from a generator seeded by (seed, k), flips and noise of an image from one seeded
+by (seed, k, its place in the batch): nothing random has to be stored, and a run that was stopped at any step and
+resumed gives, on a CPU, the same weights bit for bit as one that was not. Several processes, each with its part of
+every batch, give the same weights but for rounding; not so with dropout, whose masks depend on how a batch is divided.
 """
 
 import math
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ddad.checkpoint import CheckpointStore
 from ddad.config import TrainingSettings
+from ddad.distributed import STOPPED, join
 from ddad.errors import ConfigError, Interrupted
 from ddad.sampling import to_unit
 from ddad.unet import clean_from, create_scheduler, predict, processor_computes_bf16, training_target
@@ -57,9 +60,11 @@ def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
     return settings.learning_rate * factor
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The source of everything random in one step."""
-    mixed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def step_generator(seed: int, step: int, place: int | None = None) -> torch.Generator:
+    """The source of everything random in one step, or of what belongs to the image at one place of its batch."""
+    # NumPy takes a missing number for a zero, so places begin at one.
+    numbers = [seed, step] if place is None else [seed, step, place + 1]
+    mixed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator().manual_seed(mixed)
 
 
@@ -91,46 +96,52 @@ def denoising_loss(
 
 @torch.no_grad()
 def held_out_loss(
-    unet: Any, images: Images, alphas_cumprod: Tensor, prediction_type: str, timesteps: Sequence[int]
+    unet: Any,
+    images: Images,
+    alphas_cumprod: Tensor,
+    prediction_type: str,
+    timesteps: Sequence[int],
+    labels: Sequence[int] | None = None,
 ) -> float:
     """Mean squared error of x̂₀ on images not trained on, with fixed noise, averaged over `timesteps`.
 
-    In units of [-1, 1] pixels, so that networks with different predictions and weightings can be compared.
+    In units of [-1, 1] pixels, so that networks with different predictions and weightings can be compared. `labels`
+    are the images' categories, for a class-conditional network.
     """
     generator = torch.Generator().manual_seed(0)
     device = alphas_cumprod.device
     total = 0.0
-    for image in images:
+    for index, image in enumerate(images):
+        label = None if labels is None else torch.full((len(timesteps),), labels[index], device=device)
         clean = to_unit([image], device).expand(len(timesteps), -1, -1, -1)
         alpha = alphas_cumprod[list(timesteps)].view(-1, 1, 1, 1)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sample = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        output = predict(unet, sample, torch.tensor(timesteps, device=device)).float()
+        output = predict(unet, sample, torch.tensor(timesteps, device=device), label).float()
         total += float(((clean_from(output, sample, alpha, prediction_type) - clean) ** 2).mean())
     return total / len(images)
 
 
-def augment(batch: Tensor, kinds: Sequence[str], generator: torch.Generator) -> Tensor:
-    """Random flips and quarter turns of (B, 3, H, W), image by image; quarter turns only where H = W."""
+def augment(image: Tensor, kinds: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Random flips and quarter turns of (3, H, W); quarter turns only where H = W."""
     if not kinds:
-        return batch
-    height, width = batch.shape[-2:]
-
-    def one(image: Tensor) -> Tensor:
-        flip_x, flip_y, turns = torch.randint(0, 4, (3,), generator=generator).tolist()
-        if "hflip" in kinds and flip_x % 2:
-            image = image.flip(-1)
-        if "vflip" in kinds and flip_y % 2:
-            image = image.flip(-2)
-        if "rot90" in kinds:
-            image = image.rot90(turns if height == width else 2 * (turns % 2), (-2, -1))
         return image
-
-    return torch.stack([one(image) for image in batch])
+    height, width = image.shape[-2:]
+    flip_x, flip_y, turns = torch.randint(0, 4, (3,), generator=generator).tolist()
+    if "hflip" in kinds and flip_x % 2:
+        image = image.flip(-1)
+    if "vflip" in kinds and flip_y % 2:
+        image = image.flip(-2)
+    if "rot90" in kinds:
+        image = image.rot90(turns if height == width else 2 * (turns % 2), (-2, -1))
+    return image
 
 
 class Trainer:
-    """The loop. `step()` does one step; `run()` does all of them, saves, resumes and reports."""
+    """The loop. `step()` does one step; `run()` does all of them, saves, resumes and reports.
+
+    Of several processes that were launched together, each makes a trainer, and each computes its share of every batch.
+    """
 
     def __init__(
         self,
@@ -141,12 +152,25 @@ class Trainer:
         max_timestep: int,
         seed: int,
         device: torch.device,
+        labels: Sequence[int] | None = None,
     ) -> None:
+        """
+        Args:
+            unet: the network; it is trained in place.
+            max_timestep: timesteps are drawn below this.
+            labels: the category of each training image, for a class-conditional network.
+
+        Raises:
+            ConfigError: several processes that cannot share a batch evenly, or cannot work together (`join`).
+        """
+        self.labels = labels
+        self.processes = join(device)
+        self.places = self.processes.share(settings.batch_size)
         self.precision = choose_precision(settings.precision, device)
         # Accelerate keeps one precision a process; autocast below is per trainer.
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self.settings = settings
         self.prediction_type = prediction_type
         self.max_timestep = max_timestep
@@ -178,7 +202,7 @@ class Trainer:
         self.ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
 
     def step(self, images: Images, step: int, steps: int) -> Tensor:
-        """One optimisation step; returns the loss, a scalar tensor."""
+        """One optimisation step; returns the loss of this process' share of the batch, a scalar tensor."""
         settings = self.settings
         loss = self._loss(images, step)
         self.accelerator.backward(loss)
@@ -195,19 +219,25 @@ class Trainer:
     def _loss(self, images: Images, step: int) -> Tensor:
         settings = self.settings
         generator = step_generator(self.seed, step)
-        chosen = [images[i] for i in batch_indices(len(images), settings.batch_size, step, self.seed)]
-        clean = augment(to_unit(chosen), settings.augment, generator)
-        timesteps = draw_timesteps(settings.batch_size, self.max_timestep, generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        clean, timesteps, noise = (tensor.to(self.device) for tensor in (clean, timesteps, noise))
-        # Dropout, where a preset has it, draws from the global generator.
-        torch.manual_seed(int(generator.initial_seed()))
+        # Dropout, where a preset has it, draws from the global generator; in no two processes the same.
+        torch.manual_seed(generator.initial_seed() + self.processes.number)
+        timesteps = draw_timesteps(settings.batch_size, self.max_timestep, generator)[list(self.places)]
+        batch = batch_indices(len(images), settings.batch_size, step, self.seed)
+        chosen = [batch[place] for place in self.places]
+        labels = None if self.labels is None else torch.tensor([self.labels[i] for i in chosen], device=self.device)
+        pictures, noises = [], []
+        for picture, place in zip(to_unit([images[i] for i in chosen]), self.places, strict=True):
+            generator = step_generator(self.seed, step, place)
+            pictures.append(augment(picture, settings.augment, generator))
+            noises.append(torch.randn(picture.shape, generator=generator))
+        clean, noise = torch.stack(pictures).to(self.device), torch.stack(noises).to(self.device)
+        timesteps = timesteps.to(self.device)
 
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         sample = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = training_target(clean, noise, alpha, self.prediction_type)
         with self._autocast():
-            output = predict(self.unet, sample, timesteps)
+            output = predict(self.unet, sample, timesteps, labels)
         return denoising_loss(output, target, alpha, settings, self.prediction_type)
 
     def run(
@@ -216,6 +246,7 @@ class Trainer:
         steps: int,
         *,
         held_out: Images = (),
+        held_out_labels: Sequence[int] | None = None,
         store: CheckpointStore | None = None,
         save_every_seconds: float = 60.0,
         evaluate_every: int | None = None,
@@ -224,51 +255,60 @@ class Trainer:
     ) -> None:
         """Train up to `steps` steps in all, from the newest checkpoint in `store` where there is one.
 
-        Afterwards `averaged_weights` has the result.
+        Afterwards `averaged` has the result. Of several processes only the main one measures the held-out loss,
+        saves and reports; the others read its checkpoints, and where it raises they raise SystemExit.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the state is saved.
+            Interrupted: SIGINT or SIGTERM came, to any process; the state is saved.
             ConfigError: the loss is no longer finite.
+            ModelError: the checkpoint is damaged.
         """
         self.plain_unet.train()  # a detector that shares it has set it to evaluation
+        processes = self.processes
         done, seconds = self._resume(store)
-        on_resume(done)
+        if processes.is_main:
+            on_resume(done)
         evaluate_every = evaluate_every or max(1, steps // 10)
         last_save = started = time.monotonic()
         with asked_to_stop() as asked:
             for index in range(done, steps):
-                loss = float(self.step(images, index, steps))
+                loss, stop = processes.agree(self.step(images, index, steps), asked())
                 if not math.isfinite(loss):
-                    raise ConfigError(
-                        f"Expected a finite loss, found {loss} at step {index + 1}: training diverged; "
-                        "choose another --seed or preset, and another --out."
+                    raise processes.told(
+                        ConfigError(
+                            f"Expected a finite loss, found {loss} at step {index + 1}: training diverged; "
+                            "choose another --seed or preset, and another --out."
+                        )
                     )
                 now = time.monotonic()
                 finished = index + 1
-                held_out_value = None
-                if len(held_out) and (finished % evaluate_every == 0 or finished == steps):
-                    held_out_value = self.held_out_loss(held_out)
-                on_progress(
-                    Progress(
-                        finished,
-                        steps,
-                        loss,
-                        learning_rate(index, steps, self.settings),
-                        seconds + now - started,
-                        held_out_value,
+                if processes.is_main:
+                    held_out_value = None
+                    if len(held_out) and (finished % evaluate_every == 0 or finished == steps):
+                        held_out_value = self.held_out_loss(held_out, held_out_labels)
+                    on_progress(
+                        Progress(
+                            finished,
+                            steps,
+                            loss,
+                            learning_rate(index, steps, self.settings),
+                            seconds + now - started,
+                            held_out_value,
+                        )
                     )
-                )
-                if store and (asked() or finished == steps or now - last_save > save_every_seconds):
-                    store.save(finished, self._tensors(), {"seconds": seconds + time.monotonic() - started})
-                    last_save = time.monotonic()
-                if asked():
-                    raise Interrupted(f"step {finished} of {steps}")
+                    stop = stop or (processes.count == 1 and asked())  # several must stop at the same step
+                    if store and (stop or finished == steps or now - last_save > save_every_seconds):
+                        store.save(finished, self._tensors(), {"seconds": seconds + time.monotonic() - started})
+                        last_save = time.monotonic()
+                if stop:
+                    processes.as_main(True)  # the others wait for it: launchers end all when one has ended
+                    raise processes.told(Interrupted(f"step {finished} of {steps}"), STOPPED)
 
-    def held_out_loss(self, images: Images) -> float:
+    def held_out_loss(self, images: Images, labels: Sequence[int] | None = None) -> float:
         """`held_out_loss` of the averaged weights, in evaluation mode."""
         timesteps = [round(self.max_timestep * f) for f in (0.1, 0.3, 0.5, 0.7, 0.9)]
         with self.averaged() as unet, self._autocast():
-            return held_out_loss(unet, images, self.alphas_cumprod, self.prediction_type, timesteps)
+            return held_out_loss(unet, images, self.alphas_cumprod, self.prediction_type, timesteps, labels)
 
     @contextmanager
     def averaged(self) -> Iterator[Any]:
@@ -300,7 +340,19 @@ class Trainer:
         return groups
 
     def _resume(self, store: CheckpointStore | None) -> tuple[int, float]:
-        latest = store.load_latest() if store else None
+        latest = None
+        with self.processes.together() as known:
+            if store and self.processes.is_main:
+                latest = store.load_latest()  # first and alone, since it cleans up
+            known["step"] = latest[1]["step"] if latest else 0
+        with self.processes.together():
+            if store and known["step"] and not self.processes.is_main:
+                latest = store.load_latest()
+                if latest is None or latest[1]["step"] != known["step"]:
+                    raise ConfigError(
+                        f"Expected the checkpoint of step {known['step']} in {store.folder} on every machine, found "
+                        "none or another; choose an --out that all machines share."
+                    )
         if latest is None:
             return 0, 0.0
         tensors, state = latest

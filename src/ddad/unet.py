@@ -57,11 +57,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def create_unet(architecture: str) -> "UNet2DModel":
-    """A U-Net with fresh weights: `xs`, `s` or `base`."""
+def create_unet(architecture: str, categories: int | None = None) -> "UNet2DModel":
+    """A U-Net with fresh weights: `xs`, `s` or `base`; class-conditional where one is to serve several categories."""
     from diffusers import UNet2DModel
 
-    return UNet2DModel(**ARCHITECTURES[architecture])
+    return UNet2DModel(**ARCHITECTURES[architecture], num_class_embeds=categories)
 
 
 def load_unet(folder: Path) -> "UNet2DModel":
@@ -109,15 +109,33 @@ def set_attention_heads(unet: "UNet2DModel", heads: int) -> None:
             module.heads = heads
 
 
-def predict(unet: Any, sample: Tensor, timesteps: Tensor) -> Tensor:
+def for_category(unet: "UNet2DModel", label: int) -> "UNet2DModel":
+    """A network of one category that computes what a class-conditional one does for `label`, to rounding.
+
+    The label's vector is added to what the timestep becomes, so it fits into the bias that is added there.
+    """
+    from diffusers import UNet2DModel
+
+    alone = UNet2DModel.from_config({**unet.config, "num_class_embeds": None})
+    weights = dict(unet.state_dict())
+    vector = weights.pop("class_embedding.weight")[label]
+    weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + vector
+    alone.load_state_dict(weights)
+    return alone.to(unet.device).train(unet.training)
+
+
+def predict(unet: Any, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
     """The network's raw output for x_t = `sample` (B, 3, H, W) and `timesteps` (B,) or (), same shape as `sample`.
 
-    Networks with 3·f² input channels see f x f pixels as channels (pixel-unshuffle).
+    Networks with 3·f² input channels see f x f pixels as channels (pixel-unshuffle). `labels` (B,) are the numbers of
+    the categories, for a class-conditional network.
     """
-    factor = math.isqrt(unet.config.in_channels // 3)
+    config = getattr(unet, "module", unet).config  # inside of what spreads it over processes
+    factor = math.isqrt(config.in_channels // 3)
     if factor > 1:
         sample = functional.pixel_unshuffle(sample, factor)
-    output = unet(sample, timesteps, return_dict=False)[0]
+    conditions = (timesteps,) if labels is None else (timesteps, labels)
+    output = unet(sample, *conditions, return_dict=False)[0]
     return functional.pixel_shuffle(output, factor) if factor > 1 else output
 
 

@@ -1,0 +1,379 @@
+"""`ddad score`: a manifest of any size in, Parquet out, by any number of workers on one machine or many."""
+
+import json
+import math
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddad.bulk import places
+from ddad.bulk.crew import Crew, Lost, Processes, drive
+from ddad.bulk.job import Job, finished, open_job
+from ddad.bulk.scoring import Scored, Scorer, ShardScorer
+from ddad.bulk.tables import Entry, encode_maps, encode_results, read_manifest
+from ddad.cluster import Actors, connect, room
+from ddad.comparison import duration
+from ddad.detector import check_files, model_folder
+from ddad.errors import ConfigError, DataError
+from ddad.unet import choose_device, parse_device
+
+SHARD_SIZE = 1000
+BATCH_SIZE = 8
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class ScoreProgress:
+    """After a shard."""
+
+    done: int
+    """Photographs that are scored, in this run or before."""
+    images: int
+    flagged: int
+    """In this run."""
+    errors: int
+    """In this run."""
+    seconds_left: float
+    """By the speed of this run so far."""
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """What a run did."""
+
+    images: int
+    """Photographs of its shards."""
+    scored: int
+    """Photographs scored in this run."""
+    flagged: int
+    errors: int
+    given_up: tuple[int, ...]
+    """Shards that ended every worker that tried them."""
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentence(self, out: str) -> str:
+        text = (
+            f"{self.scored:,} of {self.images:,} photographs scored in {duration(self.seconds)}: {self.flagged:,} "
+            f"anomalous, {self.errors:,} not inspected. Results are in {places.join(out, '*.parquet')}."
+        )
+        if self.given_up:
+            shards = ", ".join(map(str, self.given_up[:5])) + (", ..." if len(self.given_up) > 5 else "")
+            text += (
+                f" Expected every shard to be finished, found that {len(self.given_up)} ended each worker that tried "
+                f"them ({shards}): a file in them may be to blame, or too little memory; the log in {out} has the "
+                "reasons, and the same command tries them again."
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class ScoreEstimate:
+    """What a dry run measured on a sample, and what follows for the whole."""
+
+    images: int
+    sample: int
+    images_per_second: float
+    """Of one worker."""
+    bytes_read: float
+    """An image."""
+    bytes_written: float
+    """An image."""
+    errors: int
+    """In the sample."""
+    workers: int
+    shards: int
+
+    @property
+    def worker_hours(self) -> float:
+        return self.images / self.images_per_second / 3600
+
+    @property
+    def hours(self) -> float:
+        """With all workers: shards are not divided."""
+        return self.worker_hours * math.ceil(self.shards / self.workers) / self.shards
+
+    def to_dict(self, price: float | None = None) -> dict[str, Any]:
+        values = {**asdict(self), "worker_hours": self.worker_hours, "hours": self.hours}
+        return values if price is None else {**values, "cost": price * self.worker_hours}
+
+    def sentence(self, price: float | None = None) -> str:
+        cost = "" if price is None else f", which cost {price * self.worker_hours:,.2f}"
+        return (
+            f"{self.images:,} photographs in {self.shards:,} shards. {self.sample} of them, drawn evenly, took one "
+            f"worker of this machine {1000 / self.images_per_second:.0f} ms each; {self.errors} could not be inspected. "
+            f"All would take {duration(3600 * self.hours)} with {self.workers} workers "
+            f"({self.worker_hours:,.2g} worker hours{cost}), read {_bytes(self.images * self.bytes_read)} and write "
+            f"{_bytes(self.images * self.bytes_written)}. Nothing was written."
+        )
+
+
+def score_manifest(
+    model: str | Path,
+    manifest: str | Path,
+    out: str | Path,
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    least_workers: int = 1,
+    readers: int = 4,
+    slice_of: tuple[int, int] = (1, 1),
+    address: str | None = None,
+    gpus_per_worker: float | None = None,
+    on_stage: Callable[[str], None] = lambda sentence: None,
+    on_progress: Callable[[ScoreProgress], None] = lambda progress: None,
+    **options: Any,
+) -> ScoreReport:
+    """Score every photograph of a manifest that has no result yet.
+
+    The results depend on model, manifest and `options` alone: shards and batches are cut by the manifest, so any number
+    of workers, any engine and any number of interrupted runs write the same files.
+
+    Args:
+        model: a model folder, or owner/name on the hub.
+        manifest: a Parquet or CSV file with a column `uri` (and `etag`, where there is one), a folder of Parquet files,
+            or a folder of images; a path, or a URI that fsspec reads. Relative URIs refer to its folder.
+        out: the folder for results, a path or URI that all workers see; see `ddad.bulk.job` for what is in it.
+        engine: `local` processes, or actors of `ray`.
+        workers: processes or actors at most; by default what this machine or the cluster has processors for, or GPUs.
+        least_workers: actors that must be up before work begins.
+        readers: threads of each worker that fetch and decode.
+        slice_of: (i, n): only every n-th shard, beginning with the i-th; i from 1 to n.
+        address: of the Ray cluster; by default RAY_ADDRESS, or this machine.
+        gpus_per_worker: GPUs that each actor takes, 1 by default on `cuda`; less than 1 shares one.
+        options: as of `job_options`.
+
+    Raises:
+        ConfigError: options that cannot work, or another job in `out`.
+        DataError: a manifest or a folder that cannot be used.
+        ModelError: a model that cannot be loaded, or is not the one the job began with.
+    """
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"Expected an engine among local, ray, found {engine!r}.")
+    if not 1 <= slice_of[0] <= slice_of[1]:
+        raise ConfigError(f"Expected a slice from 1/n to n/n, found {slice_of[0]}/{slice_of[1]}.")
+    started = time.monotonic()
+    out, manifest = places.absolute(out), places.absolute(manifest)
+    folder = model_folder(model)
+    device = _device(engine, options.pop("device", None), gpus_per_worker)
+    job = open_job(out, manifest, job_options(folder, device, **options))
+    mine = range(slice_of[0] - 1, job.shards, slice_of[1])
+    there = finished(out)
+    left = [shard for shard in mine if shard not in there]
+    images = sum(map(job.rows, mine))
+    before = images - sum(map(job.rows, left))
+    said = f"{job.images:,} photographs in {job.shards:,} shards, as listed on {job.created}"
+    on_stage(said + (f"; {before:,} of {images:,} are scored already." if before else "."))
+    flagged = errors = done = 0
+    given_up: list[int] = []
+    if left:
+        if engine == "ray":
+            connect(address)
+            cpus = float(job.threads)
+            gpus = gpus_per_worker if gpus_per_worker is not None else float(job.device == "cuda")
+            crew: Crew = Actors(
+                _scorer_of_files,
+                (_files(folder), out, job, readers, device),
+                most=min(workers or room(cpus, gpus), len(left)),
+                least=min(least_workers, len(left)),
+                cpus=cpus,
+                gpus=gpus,
+            )
+        else:
+            count = min(workers or processors(device, job.threads), len(left))
+            crew = Processes(ShardScorer, [(out, job, folder, readers, one) for one in _spread(device, count)])
+        with _log(out) as log, crew:
+
+            def lost(shard: int, reason: str) -> None:
+                log(shard=shard, lost=reason)
+                on_stage(f"Shard {shard} lost its worker and is given to another one ({reason}).")
+
+            for shard, result in drive(crew, left, lost):
+                if isinstance(result, Lost):
+                    given_up.append(shard)
+                    continue
+                assert isinstance(result, Scored)
+                log(**asdict(result))
+                done, flagged, errors = done + result.images, flagged + result.flagged, errors + result.errors
+                pace = (time.monotonic() - started) / done
+                on_progress(ScoreProgress(before + done, images, flagged, errors, pace * (images - before - done)))
+    return ScoreReport(images, done, flagged, errors, tuple(given_up), time.monotonic() - started)
+
+
+def job_options(
+    model: str | Path,
+    device: str,
+    *,
+    shard_size: int = SHARD_SIZE,
+    batch_size: int = BATCH_SIZE,
+    threads: int = 1,
+    backend: str | None = None,
+    precision: str | None = None,
+    fast: bool = False,
+    heatmaps: bool = False,
+) -> dict[str, Any]:
+    """What decides the results, as fields of a `Job`.
+
+    Args:
+        shard_size: photographs a shard: what is lost with a worker.
+        batch_size: photographs inspected together.
+        threads: of PyTorch, a worker. One, with as many workers as processors, is quickest.
+        backend, precision, fast: as of `Detector.from_pretrained`.
+        heatmaps: also write the anomaly maps.
+    """
+    for name, value in (("shard_size", shard_size), ("batch_size", batch_size), ("threads", threads)):
+        if value < 1:
+            raise ConfigError(f"Expected {name} to be at least 1, found {value}.")
+    return {
+        "model": check_files(model, fast),
+        "shard_size": shard_size,
+        "batch_size": batch_size,
+        "threads": threads,
+        "device": parse_device(device).type,
+        "backend": backend,
+        "precision": precision,
+        "fast": fast,
+        "heatmaps": heatmaps,
+    }
+
+
+def _device(engine: str, device: str | None, gpus_per_worker: float | None) -> str:
+    """Where networks run: for Ray's actors not what this machine has, but what they are to take."""
+    if engine == "local":
+        return str(choose_device(device))
+    return str(parse_device(device or ("cuda" if gpus_per_worker else "cpu")))
+
+
+def _spread(device: str, workers: int) -> list[str]:
+    """A device for each worker: all GPUs in turn, unless one is named."""
+    if device != "cuda":
+        return [device] * workers
+    return [f"cuda:{number % torch.cuda.device_count()}" for number in range(workers)]
+
+
+def processors(device: str, threads: int) -> int:
+    """How many workers this machine has processors for, or GPUs."""
+    if parse_device(device).type == "cuda":
+        return torch.cuda.device_count()
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """A model as bytes, so that a cluster needs no copy of it on every machine."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+
+
+def _scorer_of_files(files: dict[str, bytes], out: str, job: Job, readers: int, device: str) -> ShardScorer:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            file = Path(folder) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        return ShardScorer(out, job, folder, readers, device)
+
+
+@contextmanager
+def _log(out: str) -> Iterator[Callable[..., None]]:
+    """A file for what took how long: one line a shard, at once where `out` is a local folder, else at the end."""
+    began = datetime.now(UTC)
+    name = f"log/{began:%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.getpid()}.jsonl"
+    files, path = places.file_system(places.join(out, name))
+    files.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with files.open(path, "w", encoding="utf-8") as lines:
+
+        def log(**values: Any) -> None:
+            lines.write(json.dumps({"time": datetime.now(UTC).isoformat(), **values}) + "\n")
+            if places.is_local(out):
+                lines.flush()
+
+        yield log
+
+
+def estimate(
+    model: str | Path,
+    manifest: str | Path,
+    *,
+    workers: int | None = None,
+    readers: int = 4,
+    device: str | None = None,
+    **options: Any,
+) -> ScoreEstimate:
+    """Score a sample of a manifest in this process, write nothing, and say what the whole would take.
+
+    Arguments and errors as of `score_manifest`.
+    """
+    manifest = places.absolute(manifest)
+    folder = model_folder(model)
+    device = str(choose_device(device))
+    asked = job_options(folder, device, **options)
+    base, rows = read_manifest(manifest)
+    count, sample = _sample(rows)
+    if not count:
+        raise DataError(f"Expected photographs in {manifest}, found none; name another folder or manifest.")
+    scorer = Scorer.load(
+        folder,
+        fast=asked["fast"],
+        backend=asked["backend"],
+        precision=asked["precision"],
+        device=device,
+        threads=asked["threads"],
+        batch_size=asked["batch_size"],
+        readers=readers,
+        base=base,
+    )
+    warm = sample[: asked["batch_size"]]
+    list(scorer.rows(warm))  # the first batch chooses kernels
+    started = time.monotonic()
+    scored = list(scorer.rows(sample))
+    seconds = time.monotonic() - started
+    written = len(encode_results([row for row, _, _ in scored]))
+    if asked["heatmaps"]:
+        maps = [prediction.anomaly_map.astype("float16") for _, prediction, _ in scored if prediction]
+        written += len(encode_maps(list(range(len(maps))), maps))
+    shards = -(-count // asked["shard_size"])
+    return ScoreEstimate(
+        images=count,
+        sample=len(sample),
+        images_per_second=len(sample) / seconds,
+        bytes_read=sum(read for _, _, read in scored) / len(sample),
+        bytes_written=written / len(sample),
+        errors=sum(row["error"] is not None for row, _, _ in scored),
+        workers=min(workers or processors(device, asked["threads"]), shards),
+        shards=shards,
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _sample(rows: Iterator[tuple[str, str | None, str | None]]) -> tuple[int, list[Entry]]:
+    """How many rows there are, and some of them, each as likely as any other (reservoir sampling, Vitter 1985)."""
+    random = np.random.default_rng(0)
+    kept: list[Entry] = []
+    count = 0
+    for count, row in enumerate(rows, start=1):
+        entry = Entry(count - 1, *row)
+        if len(kept) < SAMPLE:
+            kept.append(entry)
+        elif (place := int(random.integers(count))) < SAMPLE:
+            kept[place] = entry
+    return count, sorted(kept, key=lambda entry: entry.row)

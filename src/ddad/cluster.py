@@ -1,0 +1,169 @@
+"""Ray, and the only place that knows it: work spread over the machines of a cluster.
+
+Ray Data's own checkpoints are not relied on: a job that failed after 340 of 400 rows had saved none. What is finished
+is known by the files that are there.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+from ddad.bulk.crew import Lost
+from ddad.errors import ConfigError, DDADError
+
+_OBJECT_STORE = 256 << 20
+"""Bytes of a cluster on this machine alone; what travels is small."""
+_WAIT_SECONDS = 5.0
+
+
+def connect(address: str | None = None) -> None:
+    """Join a Ray cluster, or start one on this machine where none is named.
+
+    Args:
+        address: `HOST:PORT`, `auto`, or `ray://HOST:PORT`. By default the one in RAY_ADDRESS, which `ray job submit`
+            sets.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    ray = _ray()
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"Expected a Ray cluster at {address}, found none that answers ({str(error).splitlines()[0]}); start "
+                "one with ray start --head, set RAY_AUTH_MODE=token where it wants a token, or leave out --address."
+            ) from None
+        return
+    ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE, **options)
+
+
+def room(cpus: float, gpus: float) -> int:
+    """How many workers the cluster has room for as it is now, at least one."""
+    there = _ray().cluster_resources()
+    counts = [there.get(kind, 0) // each for kind, each in (("CPU", cpus), ("GPU", gpus)) if each]
+    return max(1, int(min(counts, default=1)))
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("Expected the package ray for --engine ray, found none; pip install 'ddad[ray]'.") from None
+    return ray
+
+
+class Actors:
+    """A crew of Ray actors: each makes its worker once, and a new one takes the place of one that died.
+
+    All are asked for at the start. So a cluster that can grow sees how many are wanted, and whoever is up works.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Callable[[int], Any]],
+        arguments: tuple[Any, ...],
+        *,
+        most: int,
+        least: int = 1,
+        cpus: float = 1,
+        gpus: float = 0,
+    ) -> None:
+        """
+        Args:
+            make, arguments: what makes a worker in its process, and how; large arguments travel once.
+            most: actors at most.
+            least: how many must be up before work begins.
+            cpus, gpus: what each takes of its machine.
+        """
+        self._ray = _ray()
+        self._make, self._arguments = make, self._ray.put(arguments)
+        self._most, self._least = most, least
+        # No restarts and no retries of Ray's own: the loop knows what is left to do.
+        self._actor = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Actor)
+        self._starting: dict[Any, Any] = {}  # reference to the answer -> actor
+        self._free: list[Any] = []
+        self._busy: dict[Any, tuple[Any, int]] = {}
+
+    def __enter__(self) -> Self:
+        for _ in range(self._most):
+            self._start()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        for actor in [*self._free, *self._starting.values(), *(actor for actor, _ in self._busy.values())]:
+            self._ray.kill(actor)
+
+    def _start(self) -> None:
+        actor = self._actor.remote()
+        # Loaded by a call, not by the constructor, whose errors Ray takes for the death of the actor.
+        self._starting[actor.start.remote(self._make, self._arguments)] = actor
+
+    def free(self) -> int:
+        if self._least > len(self._free) + len(self._busy):
+            return 0
+        self._least = 0  # only at the beginning
+        return len(self._free)
+
+    def submit(self, task: int) -> None:
+        actor = self._free.pop()
+        self._busy[actor.work.remote(task)] = actor, task
+
+    def wait(self) -> list[tuple[int, Any]]:
+        references = [*self._busy, *self._starting]
+        ready, _ = self._ray.wait(references, num_returns=1, timeout=_WAIT_SECONDS)
+        ended: list[tuple[int, Any]] = []
+        for reference in ready:
+            starting = self._starting.pop(reference, None)
+            actor, task = (starting, None) if starting else self._busy.pop(reference)
+            try:
+                result = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as error:
+                cause = error.as_instanceof_cause()
+                raise (error.cause if isinstance(error.cause, DDADError) else cause) from None
+            except self._ray.exceptions.RayError as error:  # the actor, its process or its machine is gone
+                self._start()
+                if task is not None:
+                    ended.append((task, Lost(str(error).strip().splitlines()[0])))
+                continue
+            self._free.append(actor)
+            if task is not None:
+                ended.append((task, result))
+        return ended
+
+
+class _Actor:
+    def start(self, make: Callable[..., Callable[[int], Any]], arguments: tuple[Any, ...]) -> None:
+        self._call = make(*arguments)
+
+    def work(self, task: int) -> Any:
+        return self._call(task)
+
+
+def run_tasks(
+    function: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1, gpus: float = 0, retries: int = 3
+) -> Iterator[tuple[Any, Any]]:
+    """`function(item)` of each item as a Ray task; yields (item, result), or (item, exception), as they end.
+
+    Args:
+        cpus, gpus: what each takes of its machine.
+        retries: how often a task is begun again whose process or machine is gone.
+    """
+    ray = _ray()
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries, max_calls=1)(function)
+    running = {task.remote(item): item for item in items}
+    while running:
+        (reference,), _ = ray.wait(list(running), num_returns=1)
+        item = running.pop(reference)
+        try:
+            yield item, ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            yield item, error.cause if isinstance(error.cause, DDADError) else error.as_instanceof_cause()
+        except ray.exceptions.RayError as error:
+            yield item, error
