@@ -532,7 +532,12 @@ def distill(
 @app.command()
 def monitor(
     model: Model,
-    results: Annotated[Path, typer.Argument(help="The results.jsonl of ddad predict, in the order of inspection.")],
+    results: Annotated[
+        Path,
+        typer.Argument(
+            help="The results.jsonl of ddad predict, or the folder of ddad score, in the order of inspection."
+        ),
+    ],
     window: Annotated[int | None, typer.Option(min=2, help="Photographs compared at a time; by default 50.")] = None,
     alarm_rate: Annotated[
         float | None,
@@ -560,7 +565,13 @@ def monitor(
     watcher = calibration.monitor(window or WINDOW, alarm_rate or FALSE_ALARMS)
     assert calibration.threshold is not None  # it has scores
     alarms = 0
-    for alarm in watch(watcher, read_results(results), calibration.threshold):
+    if results.is_dir():
+        from ddad.bulk.tables import read_results as read_scores
+
+        rows = read_scores(str(results))
+    else:
+        rows = read_results(results)
+    for alarm in watch(watcher, rows, calibration.threshold):
         alarms += 1
         print(alarm.model_dump_json() if as_json else f"After {alarm.images} photographs: {alarm.message}")
     few = ""
@@ -674,6 +685,15 @@ def benchmark(
     dry_run: Annotated[bool, typer.Option(help="Only say how long it would take.")] = False,
     ablate: Annotated[bool, typer.Option(help="Also judge the first network of each category part by part.")] = False,
     ablate_images: Annotated[int | None, typer.Option(min=2, help="Test images for that; by default all.")] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="local: one training after the other; ray: on a whole cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; by default RAY_ADDRESS, or this machine.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that each training takes on the cluster; 0.5: two share one.")
+    ] = None,
     device: Device = None,
     workers: Workers = 2,
 ) -> None:
@@ -696,6 +716,9 @@ def benchmark(
             dry_run=dry_run,
             device=device,
             workers=workers,
+            engine=engine,
+            address=address,
+            gpus_per_worker=gpus_per_worker,
             on_estimate=printer.estimate,
             on_progress=printer.progress,
             on_stage=printer.say,

@@ -14,14 +14,15 @@ from ddad.errors import ConfigError, DDADError
 _OBJECT_STORE = 256 << 20
 """Bytes of a cluster on this machine alone; what travels is small."""
 _WAIT_SECONDS = 5.0
+_IDLE_SECONDS = 30.0
 
 
 def connect(address: str | None = None) -> None:
     """Join a Ray cluster, or start one on this machine where none is named.
 
     Args:
-        address: `HOST:PORT`, `auto`, or `ray://HOST:PORT`. By default the one in RAY_ADDRESS, which `ray job submit`
-            sets.
+        address: `HOST:PORT`, or `auto` for the one on this machine. By default that in RAY_ADDRESS, which
+            `ray job submit` sets.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers.
@@ -74,6 +75,7 @@ class Actors:
         least: int = 1,
         cpus: float = 1,
         gpus: float = 0,
+        on_idle: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         """
         Args:
@@ -81,10 +83,13 @@ class Actors:
             most: actors at most.
             least: how many must be up before work begins.
             cpus, gpus: what each takes of its machine.
+            on_idle: hears once where nobody has worked for a while.
         """
         self._ray = _ray()
         self._make, self._arguments = make, self._ray.put(arguments)
         self._most, self._least = most, least
+        self._needs = f"{cpus:g} processors" + (f" and {gpus:g} GPUs" if gpus else "")
+        self._on_idle, self._idle_seconds = on_idle, 0.0
         # No restarts and no retries of Ray's own: the loop knows what is left to do.
         self._actor = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Actor)
         self._starting: dict[Any, Any] = {}  # reference to the answer -> actor
@@ -118,6 +123,8 @@ class Actors:
     def wait(self) -> list[tuple[int, Any]]:
         references = [*self._busy, *self._starting]
         ready, _ = self._ray.wait(references, num_returns=1, timeout=_WAIT_SECONDS)
+        if not ready and not self._busy:
+            self._note_idle()
         ended: list[tuple[int, Any]] = []
         for reference in ready:
             starting = self._starting.pop(reference, None)
@@ -136,6 +143,14 @@ class Actors:
             if task is not None:
                 ended.append((task, result))
         return ended
+
+    def _note_idle(self) -> None:
+        before, self._idle_seconds = self._idle_seconds, self._idle_seconds + _WAIT_SECONDS
+        if before < _IDLE_SECONDS <= self._idle_seconds:
+            self._on_idle(
+                f"{len(self._free)} of {self._most} workers are up after {_IDLE_SECONDS:.0f} s; each wants "
+                f"{self._needs} of one machine. Waiting for the cluster to have them."
+            )
 
 
 class _Actor:

@@ -1,10 +1,12 @@
 """A bulk job: what is to be scored and how, written down once, so that every worker and every later run does the same.
 
-OUT/job.json                     manifest, model and everything that decides a result
-OUT/listing-<id>/part-*.parquet  the manifest as it was read
-OUT/shard-<number>.parquet       results of one shard each; a shard is finished when its file is there
-OUT/heatmaps/shard-<number>.npz  anomaly maps, where asked for
-OUT/log/<time>-<id>.jsonl        what took how long, one line a shard; nothing of that is in the results
+OUT/shard-<number>.parquet            results of one shard each; a shard is finished when its file is there
+OUT/_job/job.json                     manifest, model and everything that decides a result
+OUT/_job/listing-<id>/part-*.parquet  the manifest as it was read
+OUT/_job/log/<time>-<id>.jsonl        what took how long, one line a shard; nothing of that is in the results
+OUT/_heatmaps/shard-<number>.npz      anomaly maps, where asked for
+
+Whoever reads OUT as one Parquet table sees results only: readers pass over names that begin with an underscore.
 """
 
 import json
@@ -19,7 +21,9 @@ from ddad.bulk.tables import read_manifest, write_listing
 from ddad.errors import ConfigError, DataError
 
 FORMAT_VERSION = 1
-JOB = "job.json"
+JOB = "_job/job.json"
+LOG = "_job/log"
+MAPS = "_heatmaps"
 _SHARD = re.compile(r"shard-(\d{8})\.parquet")
 
 
@@ -33,7 +37,7 @@ class Job:
     base: str
     """The folder that relative URIs refer to."""
     listing: str
-    """Name of the folder with the manifest as it was read."""
+    """The folder with the manifest as it was read, inside of `out`."""
     images: int
     model: str
     """SHA-256 of the model's `detector.json`, or `family.json`."""
@@ -80,7 +84,7 @@ def open_job(out: str, manifest: str, asked: dict[str, Any]) -> Job:
                 "choose another --out."
             )
         identity = os.urandom(4).hex()
-        listing = f"listing-{identity}"
+        listing = f"_job/listing-{identity}"
         state = places.state(manifest) if places.exists(manifest) else None
         base, rows = read_manifest(manifest)
         count = write_listing(places.join(out, listing), rows, asked["shard_size"])
@@ -147,4 +151,4 @@ def results_place(out: str, shard: int) -> str:
 
 def maps_place(out: str, shard: int) -> str:
     """The .npz file of a shard's anomaly maps."""
-    return places.join(out, f"heatmaps/shard-{shard:08d}.npz")
+    return places.join(out, f"{MAPS}/shard-{shard:08d}.npz")

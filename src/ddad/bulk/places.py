@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.spec import AbstractFileSystem
 
 from ddad.errors import ConfigError, DataError
 from ddad.files import TEMPORARY_PREFIX, write_bytes
@@ -137,8 +138,11 @@ def write(place: str, content: bytes) -> None:
     with _named(place):
         files, path = file_system(place)
         folder, _, name = path.rpartition("/")
-        temporary = f"{folder}/{TEMPORARY_PREFIX}{name}-{os.urandom(4).hex()}"
         files.makedirs(folder, exist_ok=True)
+        if type(files).mv is AbstractFileSystem.mv:  # a store of objects: it cannot rename, and shows whole ones only
+            files.pipe_file(path, content)
+            return
+        temporary = f"{folder}/{TEMPORARY_PREFIX}{name}-{os.urandom(4).hex()}"
         files.pipe_file(temporary, content)
         files.mv(temporary, path)
 

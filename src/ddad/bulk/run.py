@@ -18,13 +18,13 @@ import torch
 
 from ddad.bulk import places
 from ddad.bulk.crew import Crew, Lost, Processes, drive
-from ddad.bulk.job import Job, finished, open_job
+from ddad.bulk.job import LOG, Job, finished, open_job
 from ddad.bulk.scoring import Scored, Scorer, ShardScorer
 from ddad.bulk.tables import Entry, encode_maps, encode_results, read_manifest
 from ddad.cluster import Actors, connect, room
 from ddad.comparison import duration
 from ddad.detector import check_files, model_folder
-from ddad.errors import ConfigError, DataError
+from ddad.errors import ConfigError, DataError, Interrupted
 from ddad.unet import choose_device, parse_device
 
 SHARD_SIZE = 1000
@@ -65,6 +65,8 @@ class ScoreReport:
         return asdict(self)
 
     def sentence(self, out: str) -> str:
+        if not self.scored and not self.given_up:
+            return f"All {self.images:,} photographs are scored. Results are in {places.join(out, '*.parquet')}."
         text = (
             f"{self.scored:,} of {self.images:,} photographs scored in {duration(self.seconds)}: {self.flagged:,} "
             f"anomalous, {self.errors:,} not inspected. Results are in {places.join(out, '*.parquet')}."
@@ -112,8 +114,8 @@ class ScoreEstimate:
     def sentence(self, price: float | None = None) -> str:
         cost = "" if price is None else f", which cost {price * self.worker_hours:,.2f}"
         return (
-            f"{self.images:,} photographs in {self.shards:,} shards. {self.sample} of them, drawn evenly, took one "
-            f"worker of this machine {1000 / self.images_per_second:.0f} ms each; {self.errors} could not be inspected. "
+            f"{self.images:,} photographs in {self.shards:,} shards. A sample of {self.sample} took one worker of this "
+            f"machine {1000 / self.images_per_second:.0f} ms each; {self.errors} could not be inspected. "
             f"All would take {duration(3600 * self.hours)} with {self.workers} workers "
             f"({self.worker_hours:,.2g} worker hours{cost}), read {_bytes(self.images * self.bytes_read)} and write "
             f"{_bytes(self.images * self.bytes_written)}. Nothing was written."
@@ -159,6 +161,7 @@ def score_manifest(
         ConfigError: options that cannot work, or another job in `out`.
         DataError: a manifest or a folder that cannot be used.
         ModelError: a model that cannot be loaded, or is not the one the job began with.
+        Interrupted: Ctrl-C; the same call goes on.
     """
     if engine not in ("local", "ray"):
         raise ConfigError(f"Expected an engine among local, ray, found {engine!r}.")
@@ -190,6 +193,7 @@ def score_manifest(
                 least=min(least_workers, len(left)),
                 cpus=cpus,
                 gpus=gpus,
+                on_idle=on_stage,
             )
         else:
             count = min(workers or processors(device, job.threads), len(left))
@@ -200,15 +204,18 @@ def score_manifest(
                 log(shard=shard, lost=reason)
                 on_stage(f"Shard {shard} lost its worker and is given to another one ({reason}).")
 
-            for shard, result in drive(crew, left, lost):
-                if isinstance(result, Lost):
-                    given_up.append(shard)
-                    continue
-                assert isinstance(result, Scored)
-                log(**asdict(result))
-                done, flagged, errors = done + result.images, flagged + result.flagged, errors + result.errors
-                pace = (time.monotonic() - started) / done
-                on_progress(ScoreProgress(before + done, images, flagged, errors, pace * (images - before - done)))
+            try:
+                for shard, result in drive(crew, left, lost):
+                    if isinstance(result, Lost):
+                        given_up.append(shard)
+                        continue
+                    assert isinstance(result, Scored)
+                    log(**asdict(result))
+                    done, flagged, errors = done + result.images, flagged + result.flagged, errors + result.errors
+                    pace = (time.monotonic() - started) / done
+                    on_progress(ScoreProgress(before + done, images, flagged, errors, pace * (images - before - done)))
+            except KeyboardInterrupt:
+                raise Interrupted(f"{before + done:,} of {images:,} photographs") from None
     return ScoreReport(images, done, flagged, errors, tuple(given_up), time.monotonic() - started)
 
 
@@ -290,7 +297,7 @@ def _scorer_of_files(files: dict[str, bytes], out: str, job: Job, readers: int, 
 def _log(out: str) -> Iterator[Callable[..., None]]:
     """A file for what took how long: one line a shard, at once where `out` is a local folder, else at the end."""
     began = datetime.now(UTC)
-    name = f"log/{began:%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.getpid()}.jsonl"
+    name = f"{LOG}/{began:%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.getpid()}.jsonl"
     files, path = places.file_system(places.join(out, name))
     files.makedirs(path.rpartition("/")[0], exist_ok=True)
     with files.open(path, "w", encoding="utf-8") as lines:

@@ -95,7 +95,9 @@ def _parquet(place: str) -> Batches:
         files, path = places.file_system(place)
         with files.open(path, "rb") as opened:
             table = pyarrow.parquet.ParquetFile(opened)
-            yield from table.iter_batches(1 << 14, columns=_wanted(table.schema_arrow.names, place))
+            wanted = _wanted(table.schema_arrow.names, place)
+            for group in range(table.num_row_groups):  # over all groups, Arrow keeps what it has read (25.0)
+                yield from table.iter_batches(1 << 14, row_groups=[group], columns=wanted)
 
     return place, batches()
 
@@ -205,6 +207,21 @@ def encode_results(rows: list[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, RESULTS), buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def read_results(out: str) -> Iterator[dict[str, Any]]:
+    """The rows of all finished shards in `out`, in the order of the manifest, a few in memory at a time.
+
+    Raises:
+        DataError: there are none.
+    """
+    shards = [name for name in places.names(out) if name.endswith(".parquet")]
+    if not shards:
+        raise DataError(f"Expected the results of ddad score in {out}, found no shard; score a manifest first.")
+    for name in shards:
+        files, path = places.file_system(places.join(out, name))
+        with files.open(path, "rb") as opened:
+            yield from pyarrow.parquet.read_table(opened).to_pylist()
 
 
 def encode_maps(rows: list[int], maps: list[np.ndarray]) -> bytes:
