@@ -182,12 +182,20 @@ def test_the_published_loss_is_summed_over_pixels():
 
 def test_augmentation_moves_pixels_and_changes_none():
     batch = to_unit([np.arange(32 * 64 * 3, dtype=np.uint8).reshape(32, 64, 3)] * 8)
-    turned = augment(batch, ("hflip", "vflip", "rot90"), step_generator(0, 0))
-    assert turned.shape == batch.shape
-    assert not torch.equal(turned, batch)
+    turned = [augment(image, ("hflip", "vflip", "rot90"), step_generator(0, 0, i)) for i, image in enumerate(batch)]
+    assert all(image.shape == batch.shape[1:] for image in turned)
+    assert not torch.equal(torch.stack(turned), batch)
     for before, after in zip(batch, turned, strict=True):
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
-    assert augment(batch, (), step_generator(0, 0)) is batch
+    image = batch[0]
+    assert augment(image, (), step_generator(0, 0)) is image
+
+
+def test_no_two_images_and_no_two_steps_draw_alike():
+    drawn = [
+        step_generator(*numbers) for numbers in [(0, 0), (0, 0, 0), (0, 0, 1), (0, 1), (0, 1, 0), (1, 0), (1, 0, 0)]
+    ]
+    assert len({float(torch.rand((), generator=generator)) for generator in drawn}) == len(drawn)
 
 
 def test_progress_is_reported_and_saved(tmp_path):

@@ -5,6 +5,8 @@ OUT/<variant>/<category>/seed-<n>/result.json    metrics, settings and seconds, 
 OUT/<variant>/<category>/seed-<n>/...            the model, its metrics.json and its report.html
 OUT/results.md, results.csv, results.html        one table a variant (see `comparison`)
 
+Trainings run one after the other, or side by side on the machines of a Ray cluster, which all see the same files.
+
 A variant is a preset with one setting for all categories, or `<preset>-published`: the authors' settings of each
 category. No test label takes part in any choice made here.
 """
@@ -17,18 +19,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddad.cluster import connect, run_tasks
 from ddad.comparison import TITLES, duration, read_json, shipped, write_tables
 from ddad.config import Settings, make_settings
 from ddad.data import mtd, mvtec_ad, visa
 from ddad.data.samples import Dataset, content_hash, fingerprint
 from ddad.detector import Detector
+from ddad.distributed import join
 from ddad.errors import ConfigError, DataError, DDADError, Interrupted
 from ddad.files import write_json, write_text
 from ddad.fit import DEFAULT_TIME_BUDGET, MOST_SELECT, Estimate, differences, fit
 from ddad.report import evaluate_folder
 from ddad.training import Progress
-from ddad.unet import choose_device
+from ddad.unet import choose_device, parse_device
 
+ENGINES = ("local", "ray")
+LIVES = 5
+"""How often a training is begun again, from its last checkpoint, when its process or machine is gone."""
 PAPER_PRESETS = ("paper", "paper-s")
 FORMAT_VERSION = 1
 
@@ -131,6 +138,9 @@ def run_benchmark(
     dry_run: bool = False,
     device: str | None = None,
     workers: int = 2,
+    engine: str = "local",
+    address: str | None = None,
+    gpus_per_worker: float | None = None,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_stage: Callable[[str], None] = lambda sentence: None,
@@ -150,15 +160,34 @@ def run_benchmark(
         time_budget: seconds, of each training; by default an hour.
         published: use the authors' settings of each category; their epochs where neither steps nor time are given.
         dry_run: train and write nothing; measure the first training and say how long all of them would take.
+        workers: threads that decode images; with `ray` also the processors that a training takes.
+        engine: `local`, one training after the other, or `ray`, as many at a time as a cluster has room for; then
+            root and out must be the same folders on all its machines, and nothing is called back but `on_stage`.
+        address: of the Ray cluster; by default RAY_ADDRESS, or this machine.
+        gpus_per_worker: GPUs that each training takes on the cluster, 1 by default on `cuda`.
 
     Raises:
-        ConfigError: settings that cannot work, or others than `out` was begun with.
+        ConfigError: settings that cannot work, or others than `out` was begun with; no Ray.
         DataError: the layout of any category is wrong; nothing has been trained then.
         training.Interrupted: asked to stop; the same call resumes.
     """
-    out = Path(out)
+    root, out = Path(root), Path(out)
     base = make_settings(preset, image_size=image_size, **(changes or {}))
-    choose_device(device)
+    if engine not in ENGINES:
+        raise ConfigError(f"Expected an engine among {', '.join(ENGINES)}, found {engine!r}.")
+    if engine == "ray":
+        root, out = root.absolute(), out.absolute()  # its processes have another working folder
+        if device is None and gpus_per_worker:
+            device = "cuda"
+        if device is not None:
+            parse_device(device)  # of machines of the cluster, perhaps not of this one
+    elif (processes := join(choose_device(device))).count > 1:
+        raise processes.told(
+            ConfigError(
+                f"Expected one process for a benchmark, found {processes.count}; start it by itself, with --engine ray "
+                "for many machines."
+            )
+        )
     if steps is not None and time_budget is not None:
         raise ConfigError("Expected either a number of steps or a time budget, found both; leave one out.")
     if seeds < 1:
@@ -170,7 +199,7 @@ def run_benchmark(
         )
     if steps is None and time_budget is None and not published:
         time_budget = DEFAULT_TIME_BUDGET
-    datasets = _load(Path(root), dataset, categories)
+    datasets = _load(root, dataset, categories)
     asked = {
         "dataset": dataset,
         "published": published,
@@ -193,21 +222,36 @@ def run_benchmark(
         seconds = _seconds_left(waiting, device, workers, on_stage) if waiting else 0.0
         return BenchmarkReport("", {}, 0, skipped, seconds_left=seconds)
 
+    if engine == "ray" and waiting:
+        connect(address)
     write_json(variant / "benchmark.json", asked)
     failures: dict[str, str] = {}
-    for number, one in enumerate(waiting, start=1):
-        on_stage(f"Training {number} of {len(waiting)}: {one.name}.")
-        result = one.identity(fingerprints[one.category])
-        try:
-            result |= _train_and_judge(one, device, workers, on_estimate, on_progress, on_stage)
-        except Interrupted:
-            raise
-        except Exception as error:  # hours of other trainings must not be lost for one
-            result["error"] = _sentence(error, one.folder)
+
+    def finish(one: _Training, result: dict[str, Any]) -> None:
+        if "error" in result:
             failures[one.name] = result["error"]
             on_stage(f"{one.name} failed: {result['error']}")
-        write_json(one.folder / "result.json", result)
+        write_json(one.folder / "result.json", one.identity(fingerprints[one.category]) | result)
         write_tables(out)
+
+    if engine == "ray" and waiting:
+
+        def work(one: _Training) -> dict[str, Any]:
+            try:
+                return _attempt(one, device, workers)
+            except Interrupted as stop:  # somebody stopped this process, not the benchmark
+                return {"error": f"stopped at {stop}, and saved; the same command goes on from there"}
+
+        gpus = float((device or "").startswith("cuda")) if gpus_per_worker is None else gpus_per_worker
+        ended = run_tasks(work, waiting, cpus=workers, gpus=gpus, retries=LIVES)
+        for number, (one, result) in enumerate(ended, start=1):
+            lost = {"error": _sentence(result, one.folder)} if isinstance(result, Exception) else result
+            on_stage(f"Ended {number} of {len(waiting)}: {one.name}.")
+            finish(one, lost)
+    else:
+        for number, one in enumerate(waiting, start=1):
+            on_stage(f"Training {number} of {len(waiting)}: {one.name}.")
+            finish(one, _attempt(one, device, workers, on_estimate, on_progress, on_stage))
     models = {one.folder / "model": one.data for one in trainings if one.settings.seed == 0}
     return BenchmarkReport(
         write_tables(out),
@@ -322,6 +366,23 @@ def _check_same(variant: Path, asked: dict[str, Any]) -> None:
         )
 
 
+def _attempt(
+    one: _Training,
+    device: str | None,
+    workers: int,
+    on_estimate: Callable[[Estimate], None] = lambda estimate: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_stage: Callable[[str], None] = lambda sentence: None,
+) -> dict[str, Any]:
+    """What `_train_and_judge` found, or the error: hours of other trainings must not be lost for one."""
+    try:
+        return _train_and_judge(one, device, workers, on_estimate, on_progress, on_stage)
+    except Interrupted:
+        raise
+    except Exception as error:
+        return {"error": _sentence(error, one.folder)}
+
+
 def _train_and_judge(
     one: _Training,
     device: str | None,
@@ -368,7 +429,7 @@ def _sentence(error: Exception, folder: Path) -> str:
     if isinstance(error, DDADError):
         return " ".join(str(error).split())
     path = folder / "traceback.txt"
-    write_text(path, traceback.format_exc())
+    write_text(path, "".join(traceback.format_exception(error)))
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first} (see {path})"
 

@@ -113,7 +113,7 @@ def join(device: torch.device) -> Processes:
     """
     launched, local = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 1)
     with alike():
-        if launched > 1 and device.type == "cuda":
+        if launched > 1 and device.type == "cuda" and not distributed.is_initialized():
             if device.index is not None:
                 raise ConfigError(
                     f"Expected no number in the device of {launched} processes, which take one GPU each, found "

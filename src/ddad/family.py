@@ -207,8 +207,9 @@ class Family(Inspector):
 
         Raises:
             ModelError: it is missing, incomplete or of a newer format.
+            ConfigError: no such device on this machine.
         """
-        folder = Path(folder)
+        folder, on_device = Path(folder), choose_device(device)
         record = read_family(folder)
         try:
             networks = load_networks(folder, parse_settings(record["settings"]))
@@ -219,12 +220,12 @@ class Family(Inspector):
                 settings, shape, known = load_record(place, read_record(place))
                 if list(shape) != record["shape"] or label not in range(networks[0].config.num_class_embeds):
                     raise ValueError(f"{name} belongs to another network")
-                detectors[name] = Detector(*networks, settings, shape, **known, device=device, label=label)
+                detectors[name] = Detector(*networks, settings, shape, **known, device=on_device, label=label)
             kept = {key: record[key] for key in record if key not in _OF_THE_FOLDER}
             return cls(detectors, gallery, kept)
         except (KeyError, TypeError, ValueError, OSError, SafetensorError, ConfigError) as error:
             raise ModelError(
-                f"Expected a complete family in {folder}, found something else ({str(error).splitlines()[0]}); "
+                f"Expected a complete family in {folder}, found something else ({' '.join(str(error).split())}); "
                 "copy or train it again."
             ) from None
 

@@ -173,7 +173,7 @@ def fit(
             prepared = _prepare(data, out, run, settings, asked, stack, on_stage)
             if prepared:
                 task.update(
-                    train=prepared.split.train,
+                    train=tuple(path.absolute() for path in prepared.split.train),
                     tiling=prepared.tiling,
                     rule=prepared.rule,
                     planned=prepared.plan is not None,

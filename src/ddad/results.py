@@ -87,7 +87,8 @@ def sentence(row: dict[str, Any]) -> str:
         return f"{row['path']}: not inspected. {row['error']}"
     verdict = {True: "anomalous", False: "good", None: "no verdict"}[row["is_anomalous"]]
     p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}"
-    return f"{row['path']}: {verdict} (score {row['anomaly_score']:.3f}{p_value})"
+    judged_as = f" as {row['category']}" if row.get("category") else ""
+    return f"{row['path']}: {verdict}{judged_as} (score {row['anomaly_score']:.3f}{p_value})"
 
 
 def print_results(rows: Iterable[dict[str, Any]], out: Path, as_json: bool) -> None:

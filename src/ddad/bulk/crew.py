@@ -97,7 +97,12 @@ class Processes:
         Args:
             make: a function of a module, which makes what is called with tasks.
             arguments: of `make`, for each worker; their number is the number of workers.
+
+        Raises:
+            ConfigError: there is no worker.
         """
+        if not arguments:
+            raise ConfigError("Expected at least one worker, found none.")
         self._make = make
         self._idle = list(arguments)  # workers not started yet
         self._free: list[_Process] = []

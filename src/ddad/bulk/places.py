@@ -69,7 +69,11 @@ def exists(place: str) -> bool:
     with _named(place):
         files, path = file_system(place)
         files.invalidate_cache(path)  # another process may have written it
-        return bool(files.exists(path))
+        try:
+            files.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True  # `files.exists` would also say no where a network fails, and a job be begun anew
 
 
 def state(place: str) -> str | None:

@@ -155,7 +155,7 @@ def write_listing(folder: str, rows: Iterable[tuple[str, str | None, str | None]
     """Write the rows of a manifest as `part-*.parquet`, one row group a shard; returns how many rows there are."""
     count = 0
     shards = (
-        pa.Table.from_pylist([dict(zip(_LISTING.names, row, strict=True)) for row in shard], _LISTING)
+        pa.Table.from_arrays([pa.array(column, pa.string()) for column in zip(*shard, strict=True)], schema=_LISTING)
         for shard in chunks(rows, shard_size)
     )
     for number, part in enumerate(_groups(shards, SHARDS_A_PART)):
