@@ -9,11 +9,14 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from html.parser import HTMLParser
 
 import numpy as np
+import psutil
 import pytest
+import torch
 from PIL import Image
 
 from ddad import benchmark
@@ -25,6 +28,7 @@ from ddad.data.demo import render_part
 from ddad.errors import ConfigError, DataError, Interrupted
 from ddad.evaluation import Evaluation
 from ddad.fit import Estimate
+from test_distributed import PRIVATE, needs_private_network
 
 STEPS = 6
 CHANGES = {
@@ -65,7 +69,7 @@ def root(tmp_path_factory):
 
 def skip_measuring(patch):
     """A fixed number of steps needs no measured speed, which takes seconds of each training."""
-    patch.setattr("ddad.fit._median_seconds", lambda action, patience: 0.01, raising=False)
+    patch.setattr("ddad.fit._median_seconds", lambda *arguments: 0.01, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +135,10 @@ def test_the_same_call_again_trains_nothing(root, whole):
 
 SCRIPT = """
 import json, sys
-from ddad import fit, training
+import ddad.fit as fit
+from ddad import training
 from ddad.benchmark import run_benchmark
-fit._median_seconds = lambda action, patience: 0.01
+fit._median_seconds = lambda *arguments: 0.01
 run = training.Trainer.run
 training.Trainer.run = lambda *a, **k: run(*a, **{**k, "save_every_seconds": 0})
 root, out, options = sys.argv[1:]
@@ -161,6 +166,59 @@ def test_killed_twice_it_goes_on_and_gives_the_same_results(root, whole, tmp_pat
         assert without_times(result) == without_times(results(whole)[place]), place
     assert len(results(out)) == 2
     assert not list(out.glob("*/*/*/*.run"))
+
+
+ON_RAY = """
+import json, sys
+from ddad.benchmark import run_benchmark
+root, out, options = sys.argv[1:]
+report = run_benchmark(
+    root, "folder", out, seeds=1, **json.loads(options), engine="ray", device="cpu", workers=1, on_stage=print
+)
+print(report.trained, report.skipped, json.dumps(report.failures))
+"""
+
+
+@needs_private_network
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_results_though_a_process_is_killed(root, whole, tmp_path):
+    """In a network of its own, since Ray listens on all addresses of a machine."""
+    pytest.importorskip("ray")
+    data, out, script = tmp_path / "data", tmp_path / "out", tmp_path / "run.py"
+    shutil.copytree(root, data)
+    write_category(data / "broken", train=5)
+    broken = data / "broken/train/good/003.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    script.write_text(ON_RAY)
+    command = [*PRIVATE, sys.executable, str(script), "data", "out", json.dumps(OPTIONS)]
+    log = tmp_path / "said"
+    # A short path, for sockets; and not the usual folder, where Ray notes which cluster is running.
+    with log.open("w") as said, tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:
+        threads = str(torch.get_num_threads())
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAY_TMPDIR": ray_folder}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said)
+        killed = []
+        lock = out / "xs/ring/seed-0/model.run/lock"
+        while process.poll() is None and not killed:
+            time.sleep(0.05)
+            if lock.with_name("run.json").exists():
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    if str(lock) in (file.path for file in one.open_files()):
+                        one.kill()
+                        killed.append(one.pid)
+        process.wait(timeout=300)
+    assert killed, log.read_text()
+    assert process.returncode == 0, log.read_text()
+    assert '2 0 {"broken, seed 0": ' in log.read_text()
+    found = results(out)
+    assert list(found) == ["xs/broken/seed-0", "xs/nut/seed-0", "xs/ring/seed-0"]
+    assert found.pop("xs/broken/seed-0")["error"].startswith(f"{broken.parents[2]}")
+    for place, result in found.items():
+        assert without_times(result) == without_times(results(whole)[place]), place
+    assert "| mean of 2 (1 failed) |" in (out / "results.md").read_text()
+    # What is done is not done again, whoever did it, and no cluster is started for nothing.
+    report = run_benchmark(root, "folder", out, seeds=1, **OPTIONS, engine="ray")
+    assert (report.trained, report.skipped) == (0, 2)
 
 
 def test_a_broken_category_is_noted_and_the_others_go_on(root, whole, tmp_path, monkeypatch):
@@ -238,6 +296,7 @@ def test_other_images_are_no_longer_done(root, whole, tmp_path):
         ({"dataset": "mvtec"}, "Expected a data set among mvtec-ad, visa, mtd, folder, found 'mvtec'."),
         ({"categories": ["nut", "bolt"]}, "Expected categories among nut, ring in"),
         ({"seeds": 0}, "Expected at least 1 seed, found 0."),
+        ({"engine": "spark"}, "Expected an engine among local, ray, found 'spark'."),
         ({"steps": 3, "time_budget": 3}, "Expected either a number of steps or a time budget, found both; leave one"),
         ({"published": True}, "Expected preset paper or paper-s for the published settings, found xs; choose one"),
         ({"published": True, "preset": "paper"}, "of mvtec-ad, visa, for which published settings exist, found nut of"),

@@ -908,13 +908,9 @@ def _load_family(
         if category is not None:
             raise ConfigError(f"Expected a family for --category, found a model of one in {model}; leave it out.")
         return None
-    if fast or backend not in (None, "torch") or precision not in (None, "fp32"):
-        raise ConfigError(
-            "Expected neither --fast nor another --backend or --precision for a family, found one; leave it out, or "
-            "save the category as a model of its own."
-        )
-    from ddad.family import Family
+    from ddad.family import Family, check_computed
 
+    check_computed(fast, backend, precision)
     return Family.from_pretrained(model, device)
 
 

@@ -5,14 +5,17 @@ is known by the files that are there.
 """
 
 import os
+import re
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
-from ddad.bulk.crew import Lost
+from ddad.bulk.crew import MOST_IN_VAIN, Lost
 from ddad.errors import ConfigError, DDADError
 
 _OBJECT_STORE = 256 << 20
 """Bytes of a cluster on this machine alone; what travels is small."""
+_ANSWER_SECONDS = 10.0
 _WAIT_SECONDS = 5.0
 _IDLE_SECONDS = 30.0
 
@@ -35,14 +38,17 @@ def connect(address: str | None = None) -> None:
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address:
         try:
+            if match := re.fullmatch(r"([^/]+):(\d+)", address):  # Ray takes a quarter of an hour to give up
+                socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_SECONDS).close()
             ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"Expected a Ray cluster at {address}, found none that answers ({str(error).splitlines()[0]}); start "
                 "one with ray start --head, set RAY_AUTH_MODE=token where it wants a token, or leave out --address."
             ) from None
         return
-    ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE, **options)
+    # By name: without an address Ray would join whatever cluster was begun on this machine.
+    ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **options)
 
 
 def room(cpus: float, gpus: float) -> int:
@@ -90,6 +96,7 @@ class Actors:
         self._most, self._least = most, least
         self._needs = f"{cpus:g} processors" + (f" and {gpus:g} GPUs" if gpus else "")
         self._on_idle, self._idle_seconds = on_idle, 0.0
+        self._in_vain = 0  # that ended before they were up, one after the other
         # No restarts and no retries of Ray's own: the loop knows what is left to do.
         self._actor = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Actor)
         self._starting: dict[Any, Any] = {}  # reference to the answer -> actor
@@ -135,14 +142,27 @@ class Actors:
                 cause = error.as_instanceof_cause()
                 raise (error.cause if isinstance(error.cause, DDADError) else cause) from None
             except self._ray.exceptions.RayError as error:  # the actor, its process or its machine is gone
+                reason = str(error).strip().splitlines()[0]
                 self._start()
                 if task is not None:
-                    ended.append((task, Lost(str(error).strip().splitlines()[0])))
+                    ended.append((task, Lost(reason)))
+                else:
+                    self._note_stillborn(reason)
                 continue
             self._free.append(actor)
-            if task is not None:
+            if task is None:
+                self._in_vain = 0
+            else:
                 ended.append((task, result))
         return ended
+
+    def _note_stillborn(self, reason: str) -> None:
+        self._in_vain += 1
+        if self._in_vain >= MOST_IN_VAIN:
+            raise ConfigError(
+                f"Expected workers that start, found that {self._in_vain} ended before they did ({reason}); take fewer "
+                "--workers, so that each has more memory, and look at the logs of Ray."
+            )
 
     def _note_idle(self) -> None:
         before, self._idle_seconds = self._idle_seconds, self._idle_seconds + _WAIT_SECONDS

@@ -142,14 +142,14 @@ class Family(Inspector):
         return [self.categories[index] for index in torch.stack(nearest).argmax(dim=0).tolist()]
 
     def predict_photos(self, batch: Sequence[Photo]) -> list[Prediction]:
-        """Inspect photographs that are read already, each as the category it looks like."""
-        if not batch:
-            return []
-        found = self.infer_categories([photo.image for photo in batch])
+        """Inspect photographs that are read already, each as its category, or as the one it looks like."""
+        unknown = [photo.image for photo in batch if photo.category is None]
+        inferred = iter(self.infer_categories(unknown) if unknown else ())
+        found = [photo.category or next(inferred) for photo in batch]
         results: dict[int, Prediction] = {}
         for category in dict.fromkeys(found):
             places = [place for place, one in enumerate(found) if one == category]
-            predictions = self._detectors[category].predict_photos([batch[place] for place in places])
+            predictions = self.detector(category).predict_photos([batch[place] for place in places])
             results |= zip(places, predictions, strict=True)
         return [results[place] for place in range(len(batch))]
 
@@ -250,6 +250,15 @@ def read_family(folder: str | Path) -> dict[str, Any]:
     if not whole:
         raise ModelError(f"Expected a complete {path}, found a damaged one; copy or train the family again.")
     return record
+
+
+def check_computed(fast: bool, backend: str | None, precision: str | None) -> None:
+    """Raises ConfigError for a way of computing that families do not know."""
+    if fast or backend not in (None, "torch") or precision not in (None, "fp32"):
+        raise ConfigError(
+            "Expected neither --fast nor another --backend or --precision for a family, found one; leave it out, or "
+            "save the category as a model of its own."
+        )
 
 
 def check_files(folder: str | Path) -> str:

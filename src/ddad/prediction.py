@@ -33,6 +33,8 @@ class Photo:
     """uint8 (H, W, 3), the model's shape."""
     size: tuple[int, int]
     """Height and width of the photograph itself, to which regions refer."""
+    category: str | None = None
+    """What it is to be judged as, by one network for many; None: as what it looks like."""
 
 
 @dataclass(frozen=True)

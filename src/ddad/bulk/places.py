@@ -7,7 +7,7 @@ temporary name that is renamed, elsewhere as one object.
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,27 @@ def write(place: str, content: bytes) -> None:
         temporary = f"{folder}/{TEMPORARY_PREFIX}{name}-{os.urandom(4).hex()}"
         files.pipe_file(temporary, content)
         files.mv(temporary, path)
+
+
+@contextmanager
+def lines(place: str) -> Iterator[Callable[[str], None]]:
+    """A text file that is written line by line: at once where it is local, elsewhere when the block ends.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with _named(place):
+        files, path = file_system(place)
+        files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        opened = files.open(path, "w", encoding="utf-8")
+    with opened:
+
+        def write_line(line: str) -> None:
+            opened.write(line + "\n")
+            if is_local(place):
+                opened.flush()
+
+        yield write_line
 
 
 def create(place: str, content: bytes) -> bool:

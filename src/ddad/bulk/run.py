@@ -18,13 +18,14 @@ import torch
 
 from ddad.bulk import places
 from ddad.bulk.crew import Crew, Lost, Processes, drive
-from ddad.bulk.job import LOG, Job, finished, open_job
-from ddad.bulk.scoring import Scored, Scorer, ShardScorer
+from ddad.bulk.job import LOG, MAPS, Job, finished, open_job
+from ddad.bulk.scoring import Scored, Scorer, ShardScorer, model_hash
 from ddad.bulk.tables import Entry, encode_maps, encode_results, read_manifest
 from ddad.cluster import Actors, connect, room
 from ddad.comparison import duration
-from ddad.detector import check_files, model_folder
+from ddad.detector import model_folder
 from ddad.errors import ConfigError, DataError, Interrupted
+from ddad.files import remove_leftovers
 from ddad.unet import choose_device, parse_device
 
 SHARD_SIZE = 1000
@@ -65,6 +66,8 @@ class ScoreReport:
         return asdict(self)
 
     def sentence(self, out: str) -> str:
+        if not self.images:
+            return "There are fewer shards than slices, and none for this one."
         if not self.scored and not self.given_up:
             return f"All {self.images:,} photographs are scored. Results are in {places.join(out, '*.parquet')}."
         text = (
@@ -172,6 +175,7 @@ def score_manifest(
     folder = model_folder(model)
     device = _device(engine, options.pop("device", None), gpus_per_worker)
     job = open_job(out, manifest, job_options(folder, device, **options))
+    working = time.monotonic()
     mine = range(slice_of[0] - 1, job.shards, slice_of[1])
     there = finished(out)
     left = [shard for shard in mine if shard not in there]
@@ -202,7 +206,7 @@ def score_manifest(
 
             def lost(shard: int, reason: str) -> None:
                 log(shard=shard, lost=reason)
-                on_stage(f"Shard {shard} lost its worker and is given to another one ({reason}).")
+                on_stage(f"Shard {shard} lost its worker ({reason}).")
 
             try:
                 for shard, result in drive(crew, left, lost):
@@ -212,10 +216,13 @@ def score_manifest(
                     assert isinstance(result, Scored)
                     log(**asdict(result))
                     done, flagged, errors = done + result.images, flagged + result.flagged, errors + result.errors
-                    pace = (time.monotonic() - started) / done
+                    pace = (time.monotonic() - working) / done
                     on_progress(ScoreProgress(before + done, images, flagged, errors, pace * (images - before - done)))
             except KeyboardInterrupt:
                 raise Interrupted(f"{before + done:,} of {images:,} photographs") from None
+    if places.is_local(out) and len(finished(out)) == job.shards:
+        for folder in (Path(out), Path(out) / MAPS):
+            remove_leftovers(folder)  # of killed workers
     return ScoreReport(images, done, flagged, errors, tuple(given_up), time.monotonic() - started)
 
 
@@ -244,7 +251,7 @@ def job_options(
         if value < 1:
             raise ConfigError(f"Expected {name} to be at least 1, found {value}.")
     return {
-        "model": check_files(model, fast),
+        "model": model_hash(model, fast),
         "shard_size": shard_size,
         "batch_size": batch_size,
         "threads": threads,
@@ -297,17 +304,9 @@ def _scorer_of_files(files: dict[str, bytes], out: str, job: Job, readers: int, 
 def _log(out: str) -> Iterator[Callable[..., None]]:
     """A file for what took how long: one line a shard, at once where `out` is a local folder, else at the end."""
     began = datetime.now(UTC)
-    name = f"{LOG}/{began:%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.getpid()}.jsonl"
-    files, path = places.file_system(places.join(out, name))
-    files.makedirs(path.rpartition("/")[0], exist_ok=True)
-    with files.open(path, "w", encoding="utf-8") as lines:
-
-        def log(**values: Any) -> None:
-            lines.write(json.dumps({"time": datetime.now(UTC).isoformat(), **values}) + "\n")
-            if places.is_local(out):
-                lines.flush()
-
-        yield log
+    name = f"{LOG}/{began:%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.urandom(4).hex()}.jsonl"
+    with places.lines(places.join(out, name)) as write_line:
+        yield lambda **values: write_line(json.dumps({"time": datetime.now(UTC).isoformat(), **values}))
 
 
 def estimate(

@@ -15,10 +15,12 @@ import torch
 from ddad.bulk import places
 from ddad.bulk.job import Job, maps_place, results_place
 from ddad.bulk.tables import Entry, encode_maps, encode_results, read_shard
-from ddad.detector import Detector, check_files
+from ddad.detector import Detector, check_files, is_family
 from ddad.errors import DataError, ModelError
+from ddad.family import Family, check_computed
+from ddad.family import check_files as check_family
 from ddad.images import read_photo
-from ddad.prediction import Photo, Prediction, photo_statistics
+from ddad.prediction import Inspector, Photo, Prediction, photo_statistics
 from ddad.streaming import in_batches
 
 
@@ -55,12 +57,18 @@ class _Named(io.BytesIO):
         self.name = name
 
 
+def model_hash(folder: str | Path, fast: bool = False) -> str:
+    """The hash that stands for all files of a model or a family, which are checked; raises ModelError."""
+    return check_family(folder) if is_family(folder) else check_files(folder, fast)
+
+
 class Scorer:
     """A model that scores photographs by their places."""
 
-    def __init__(self, detector: Detector, model: str, *, batch_size: int, readers: int, base: str = "") -> None:
+    def __init__(self, detector: Inspector, model: str, *, batch_size: int, readers: int, base: str = "") -> None:
         """
         Args:
+            detector: a detector, or a family.
             model: the hash that rows carry.
             batch_size: photographs inspected together.
             readers: threads that fetch and decode ahead of the networks; they change nothing in the results.
@@ -81,16 +89,22 @@ class Scorer:
         threads: int = 1,
         **options: Any,
     ) -> Self:
-        """Load a model folder after checking its files against their hashes; `options` as of the constructor.
+        """Load a model or a family after checking its files against their hashes; `options` as of the constructor.
 
         `threads` of PyTorch are set for the whole process.
 
         Raises:
             ModelError: the model is missing, damaged, or records no hashes.
+            ConfigError: it cannot be computed in this way.
         """
         torch.set_num_threads(threads)
-        identity = check_files(model, fast)
-        detector = Detector.from_pretrained(model, device, fast=fast, backend=backend, precision=precision)
+        identity = model_hash(model, fast)
+        detector: Inspector
+        if is_family(model):
+            check_computed(fast, backend, precision)
+            detector = Family.from_pretrained(model, device)
+        else:
+            detector = Detector.from_pretrained(model, device, fast=fast, backend=backend, precision=precision)
         return cls(detector, identity, **options)
 
     def rows(self, entries: Iterable[Entry]) -> Iterator[tuple[dict[str, Any], Prediction | None, int]]:
@@ -106,6 +120,9 @@ class Scorer:
             yield self._row(entry, read, prediction), prediction, read.size
 
     def _read(self, entry: Entry) -> _Read:
+        if isinstance(self.detector, Family) and entry.category not in (None, *self.detector.categories):
+            known = ", ".join(self.detector.categories)
+            return _Read(None, 0, None, f"{entry.uri}: expected a category among {known}, found {entry.category}.")
         try:
             content = places.read(places.join(self.base, entry.uri))
         except DataError as error:
@@ -115,7 +132,7 @@ class Scorer:
             image, size = read_photo(_Named(content, entry.uri), self.detector.shape, self.detector.image_rule)
         except DataError as error:
             return _Read(digest, len(content), None, str(error))
-        return _Read(digest, len(content), Photo(entry.uri, image, size), None)
+        return _Read(digest, len(content), Photo(entry.uri, image, size, entry.category), None)
 
     def _row(self, entry: Entry, read: _Read, prediction: Prediction | None) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -127,6 +144,7 @@ class Scorer:
         }
         if prediction:
             row |= {
+                "category": prediction.category or entry.category,
                 "anomaly_score": prediction.anomaly_score,
                 "p_value": prediction.p_value,
                 "is_anomalous": prediction.is_anomalous,
