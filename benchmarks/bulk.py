@@ -262,7 +262,11 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
 
 
 def log_lines(place: Path) -> list[dict]:
-    return [json.loads(line) for file in sorted((place / "_job" / "log").iterdir()) for line in file.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for file in sorted((place / "_job" / "log").iterdir())
+        for line in file.read_text().splitlines()
+    ]
 
 
 def compared(place: Path, reference: Path, images: int) -> dict:

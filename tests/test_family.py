@@ -11,13 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import ddad.family
+import ddad.fit_family
 from ddad.cli import app, main
 from ddad.config import make_settings
 from ddad.data.samples import content_hash
 from ddad.detector import Detector, read_record
 from ddad.errors import ConfigError, DataError, Interrupted, ModelError
-from ddad.family import EvenDraw, Family, check_files, load_categories, read_family, train_family
+from ddad.family import Family, check_files, read_family
+from ddad.fit_family import EvenDraw, load_categories, train_family
 from ddad.unet import create_unet, for_category, predict
 from tiny import SHAPE, photo, write_photos
 
@@ -40,7 +41,7 @@ def striped(seed):
 def little_is_measured():
     """A time budget is not kept to the second in these tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddad.family, "_TIMED", 2)
+        patch.setattr(ddad.fit_family, "_TIMED", 2)
         yield
 
 
@@ -228,7 +229,7 @@ def test_saved_and_loaded_again_it_is_the_same(family, family_folder, tmp_path):
 
 def interrupted_at(step):
     """What a stop does to `train_family` at a step, whoever sends it."""
-    plain = ddad.family.Trainer.run
+    plain = ddad.fit_family.Trainer.run
 
     def run(trainer, *arguments, on_progress, **options):
         def progress(event):
@@ -243,7 +244,7 @@ def interrupted_at(step):
 
 def test_resumed_equals_uninterrupted_bit_for_bit(root, family_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(ddad.family.Trainer, "run", interrupted_at(2))
+        patch.setattr(ddad.fit_family.Trainer, "run", interrupted_at(2))
         with pytest.raises(Interrupted):
             train_family(root, tmp_path / "resumed", tiny(), steps=STEPS)
     assert not (tmp_path / "resumed").exists()

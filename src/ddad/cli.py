@@ -234,7 +234,7 @@ def train(
             raise ConfigError(
                 "Expected no --log-with beside --categories, whose training is not tracked; leave it out."
             )
-        from ddad.family import train_family
+        from ddad.fit_family import train_family
 
         with _Interruptible(), _ProgressPrinter(quiet=as_json) as printer:
             train_family(

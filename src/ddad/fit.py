@@ -221,7 +221,7 @@ def fit(
                 on_stage(f"Resuming after step {done} of {plan.steps}.")
             on_estimate(estimate)
 
-            log = _Log(run / "log.jsonl")
+            log = RunLog(run / "log.jsonl")
             logs = Path(log_dir) if log_dir else out.with_name(out.name + ".logs")
             track = stack.enter_context(
                 trackers(
@@ -507,7 +507,7 @@ def _median_seconds(
     return float(np.median(durations))
 
 
-class _Log:
+class RunLog:
     """One JSON line a step, in a file; what a resumed run repeats is cut off first."""
 
     def __init__(self, path: Path) -> None:
