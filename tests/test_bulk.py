@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import dask.dataframe
 import numpy as np
+import pandas
 import psutil
 import pyarrow.dataset
 import pyarrow.parquet
@@ -20,10 +22,12 @@ import torch
 from PIL import Image
 
 from crew_work import still_running, until
+from ddad.bulk.frames import empty_frame, predict_batches
 from ddad.bulk.job import LOG, MAPS, open_job, read_job
+from ddad.bulk.places import join
 from ddad.bulk.run import estimate, job_options, score_manifest
 from ddad.bulk.scoring import ShardScorer
-from ddad.bulk.tables import RESULTS, Entry, read_manifest
+from ddad.bulk.tables import FRAME, RESULTS, Entry, read_manifest
 from ddad.detector import RECORD, Detector, check_files
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.prediction import photo_statistics
@@ -486,7 +490,7 @@ def test_an_actor_that_is_killed(setup, tmp_path):
     os.kill(int(json.loads(log.read_text().splitlines()[0])["worker"].rsplit(":", 1)[1]), signal.SIGKILL)
     printed, _ = driver.communicate()
     assert driver.returncode == 0
-    assert "lost its worker and is given to another one (" in printed
+    assert "lost its worker (" in printed
     assert contents(tmp_path) == contents(setup.out)
 
 
@@ -500,3 +504,112 @@ def test_a_cluster_that_is_not_there(setup, tmp_path):
         "ddad.errors.ConfigError: Expected a Ray cluster at 127.0.0.1:6999, found none that answers ("
     )
     assert not times(tmp_path)
+
+
+NODES = """
+import sys, threading, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from ddad.bulk.run import score_manifest
+
+model, manifest, out = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+node = cluster.add_node(num_cpus=1)
+
+def take_away():
+    while not list(Path(out).glob("*.parquet")):
+        time.sleep(0.02)
+    cluster.remove_node(node, allow_graceful=False)
+    print("taken away", flush=True)
+
+threading.Thread(target=take_away, daemon=True).start()
+options = {"shard_size": 8, "batch_size": 3, "heatmaps": True}
+report = score_manifest(model, manifest, out, engine="ray", workers=2, address=cluster.address, **options)
+print(report.scored, report.given_up)
+"""
+
+
+@pytest.mark.slow
+@needs_private_network
+def test_a_machine_that_is_taken_away(setup, tmp_path):
+    """One of two machines of a cluster; the job goes on with the other."""
+    command = [*PRIVATE, sys.executable, "-c", NODES, setup.model, setup.manifest, tmp_path]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of this test " * 3}
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | token, stdout=subprocess.PIPE, text=True, check=True
+    )
+    said = done.stdout.splitlines()
+    assert "taken away" in said
+    assert f"{len(setup.said)} ()" in said
+    assert contents(tmp_path) == contents(setup.out)
+
+
+# in Dask and Spark
+
+
+def frames_of(setup, count):
+    rows = rows_in(setup.out)[:count]
+    frame = pandas.DataFrame({"uri": [join(str(setup.archive), row["uri"]) for row in rows]}, index=range(7, 7 + count))
+    return rows, frame
+
+
+def test_data_frames(setup):
+    rows, frame = frames_of(setup, 14)
+    first, second = predict_batches([frame[:5], frame[5:]], setup.model, batch_size=3)
+    found = pandas.concat([first, second])
+    assert list(found.columns) == FRAME.names
+    assert list(found.index) == list(frame.index)
+    assert list(found["uri"]) == list(frame["uri"])
+    for name in ("sha256", "is_anomalous", "model"):
+        assert list(found[name].replace({np.nan: None})) == [row[name] for row in rows]
+    assert [isinstance(error, str) for error in found["error"]] == [row["error"] is not None for row in rows]
+    scores = np.array([row["anomaly_score"] for row in rows], float)  # NaN where there is none
+    np.testing.assert_allclose(found["anomaly_score"], scores, rtol=1e-5)
+    assert np.isnan(scores).sum() == 5
+    assert list(empty_frame().columns) == FRAME.names
+    with pytest.raises(DataError, match=r"^Expected a column uri, found path; rename the one that holds the paths\.$"):
+        next(predict_batches([frame.rename(columns={"uri": "path"})], setup.model))
+
+
+def test_dask(setup):
+    _, frame = frames_of(setup, 6)
+    expected = next(predict_batches([frame], setup.model))
+    split = dask.dataframe.from_pandas(frame, npartitions=2)
+    scored = split.map_partitions(lambda one: next(predict_batches([one], setup.model)), meta=empty_frame())
+    found = scored.compute(scheduler="synchronous")
+    assert list(found["sha256"]) == list(expected["sha256"])
+    np.testing.assert_allclose(found["anomaly_score"], expected["anomaly_score"], rtol=1e-5)
+
+
+SPARK = """
+import json, sys
+from pyspark.sql import SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
+from ddad.bulk.frames import predict_batches
+from ddad.bulk.tables import FRAME
+
+model, *uris = sys.argv[1:]
+spark = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
+frame = spark.createDataFrame([(uri,) for uri in uris], ["uri"]).repartition(2)
+scores = frame.mapInPandas(lambda frames: predict_batches(frames, model), schema=from_arrow_schema(FRAME))
+print(json.dumps([[row.uri, row.anomaly_score, row.error] for row in scores.collect()]))
+"""
+
+
+@pytest.mark.slow
+@needs_private_network
+def test_spark(setup):
+    pytest.importorskip("pyspark", reason="pyspark is not installed")
+    if not shutil.which("java"):
+        pytest.skip("Spark needs Java")
+    _, frame = frames_of(setup, 6)
+    uris = [*frame["uri"], f"{setup.archive}/missing.png"]
+    command = [*PRIVATE, sys.executable, "-c", SPARK, str(setup.model), *uris]
+    environment = os.environ | {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = {uri: (score, error) for uri, score, error in json.loads(done.stdout.strip().splitlines()[-1])}
+    expected = next(predict_batches([frame], setup.model))
+    assert found.keys() == set(uris)
+    assert NOT_READ in found[uris[-1]][1]
+    for uri, score in zip(frame["uri"], expected["anomaly_score"], strict=True):
+        assert found[uri][0] == pytest.approx(score, rel=1e-5)

@@ -9,11 +9,12 @@ the difference. The method is DDAD (Mousakhan, Brox, Tayyub, arXiv 2305.15956).
 
 Where to read: the method is `unet`, `sampling`, `features`, `anomaly_map`, `calibration`, `detector`, in this order;
 `tiling` cuts large photographs and `backends` makes it fast; `training`, `adaptation`, `tuning`, `distillation` and
-`fit` make the weights, which `tracking` follows; `baseline`, `evaluation`, `report`, `ablation` and `benchmark` judge
-them; `conformal` makes the promise, `drift` watches it. `export` writes a graph, which `runtime` uses without torch;
-`hub` and `card` publish a model; `integrations` are for anomalib, MLflow and the authors' checkpoints; `server` is the
-inspection station, `cli` the command line. A module imports only modules above it. Names below are loaded when first
-used, so that `import ddad` does not load torch.
+`fit` make the weights, in several processes where `distributed` says so, and `tracking` follows them; `baseline`,
+`evaluation`, `report`, `ablation` and `benchmark` judge them; `conformal` makes the promise, `drift` watches it.
+`family` is one network for many categories, which `fit_family` trains. `export` writes a graph, which `runtime` uses
+without torch; `hub` and `card` publish a model; `integrations` are for anomalib, MLflow and the authors' checkpoints;
+`server` is the inspection station, `bulk` scores archives, on a `cluster` too, and `cli` is the command line. A module
+imports only modules above it. Names below are loaded when first used, so that `import ddad` does not load torch.
 """
 
 from importlib import import_module
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ddad.detector import Detector
     from ddad.errors import ConfigError, DataError, DDADError, ModelError
     from ddad.evaluation import Evaluation, evaluate
+    from ddad.family import Family
     from ddad.fit import fit
     from ddad.prediction import Prediction
     from ddad.report import write_report
@@ -38,6 +40,7 @@ _HOME = {
     "DataError": "errors",
     "Detector": "detector",
     "Evaluation": "evaluation",
+    "Family": "family",
     "ModelError": "errors",
     "Prediction": "prediction",
     "Settings": "config",
@@ -54,6 +57,7 @@ __all__ = [
     "DataError",
     "Detector",
     "Evaluation",
+    "Family",
     "ModelError",
     "Prediction",
     "Settings",

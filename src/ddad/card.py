@@ -107,7 +107,7 @@ def family_card(record: Mapping[str, Any], members: Mapping[str, Mapping[str, An
         "One network, trained on photographs of good parts of all these categories, with a threshold for each. A "
         "photograph of any other product is judged as the category it looks most like, which says nothing.\n\n"
         f"| | |\n|---|---|\n{table}{heads}\n"
-        "```python\nfrom ddad.family import Family\n"
+        "```python\nfrom ddad import Family\n"
         f'result = Family.from_pretrained("this folder").predict("part.png", category="{next(iter(members))}")\n```\n'
         f"{limits}{NOT_MEASURED}"
     )
