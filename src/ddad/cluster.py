@@ -158,7 +158,7 @@ class Actors:
 
     def _note_stillborn(self, reason: str) -> None:
         self._in_vain += 1
-        if self._in_vain >= MOST_IN_VAIN:
+        if self._in_vain >= max(MOST_IN_VAIN, 3 * self._most):
             raise ConfigError(
                 f"Expected workers that start, found that {self._in_vain} ended before they did ({reason}); take fewer "
                 "--workers, so that each has more memory, and look at the logs of Ray."

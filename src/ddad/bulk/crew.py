@@ -22,7 +22,8 @@ from ddad.errors import ConfigError, DDADError
 MOST_LOSSES = 5
 """A task that ended so many workers is given up, not the others: it, not the machines, is likely the cause."""
 MOST_IN_VAIN = 20
-"""Workers that may end before any task is done: then none is likely to live, as where their memory does not suffice."""
+"""Workers that may end before any task is done, or three times as many as there were at once: then none is likely to
+live, as where their memory does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def drive(crew: Crew, tasks: Iterable[int], on_lost: Callable[[int, str], None])
     """
     remaining, again = iter(tasks), deque[int]()
     losses: Counter[int] = Counter()
-    busy = 0
+    busy = most_busy = 0
     exhausted = some_done = False
     while True:
         while crew.free() and not (exhausted and not again):
@@ -69,6 +70,7 @@ def drive(crew: Crew, tasks: Iterable[int], on_lost: Callable[[int, str], None])
                 task = again.popleft()
             crew.submit(task)
             busy += 1
+        most_busy = max(most_busy, busy)
         if not busy and exhausted and not again:
             return
         for task, result in crew.wait():
@@ -76,7 +78,7 @@ def drive(crew: Crew, tasks: Iterable[int], on_lost: Callable[[int, str], None])
             if isinstance(result, Lost):
                 losses[task] += 1
                 on_lost(task, result.reason)
-                if not some_done and losses.total() >= MOST_IN_VAIN:
+                if not some_done and losses.total() >= max(MOST_IN_VAIN, 3 * most_busy):
                     raise ConfigError(
                         f"Expected workers that do tasks, found that {losses.total()} ended before any was done "
                         f"({result.reason}); take fewer --workers, so that each has more memory."

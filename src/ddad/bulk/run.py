@@ -31,6 +31,9 @@ from ddad.unet import choose_device, parse_device
 SHARD_SIZE = 1000
 BATCH_SIZE = 8
 SAMPLE = 64
+SHARD_SECONDS = 180.0
+SHARDS_A_WORKER = 20
+"""A shard of minutes loses little with its worker, and many a worker let all end together (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,11 @@ class ScoreEstimate:
     errors: int
     """In the sample."""
     workers: int
-    shards: int
+    shard_size: int
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.shard_size)
 
     @property
     def worker_hours(self) -> float:
@@ -110,18 +117,32 @@ class ScoreEstimate:
         """With all workers: shards are not divided."""
         return self.worker_hours * math.ceil(self.shards / self.workers) / self.shards
 
+    @property
+    def best_shard_size(self) -> int:
+        """Photographs that take a worker a few minutes, or fewer where there would be few shards; a round number."""
+        most = min(SHARD_SECONDS * self.images_per_second, self.images / (SHARDS_A_WORKER * self.workers))
+        digits = 10 ** math.floor(math.log10(max(most, 1)))
+        return max(1, math.floor(most / digits) * digits)
+
     def to_dict(self, price: float | None = None) -> dict[str, Any]:
-        values = {**asdict(self), "worker_hours": self.worker_hours, "hours": self.hours}
+        derived = ("worker_hours", "hours", "best_shard_size")
+        values = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         return values if price is None else {**values, "cost": price * self.worker_hours}
 
     def sentence(self, price: float | None = None) -> str:
         cost = "" if price is None else f", which cost {price * self.worker_hours:,.2f}"
+        advice = ""
+        if self.shard_size > 2 * self.best_shard_size:
+            advice = (
+                f" Shards of this size are long for so many workers: --shard-size {self.best_shard_size} loses less "
+                "with a worker, and keeps all busy to the end."
+            )
         return (
             f"{self.images:,} photographs in {self.shards:,} shards. A sample of {self.sample} took one worker of this "
             f"machine {1000 / self.images_per_second:.0f} ms each; {self.errors} could not be inspected. "
             f"All would take {duration(3600 * self.hours)} with {self.workers} workers "
             f"({self.worker_hours:,.2g} worker hours{cost}), read {_bytes(self.images * self.bytes_read)} and write "
-            f"{_bytes(self.images * self.bytes_written)}. Nothing was written."
+            f"{_bytes(self.images * self.bytes_written)}. Nothing was written.{advice}"
         )
 
 
@@ -350,7 +371,6 @@ def estimate(
     if asked["heatmaps"]:
         maps = [prediction.anomaly_map.astype("float16") for _, prediction, _ in scored if prediction]
         written += len(encode_maps(list(range(len(maps))), maps))
-    shards = -(-count // asked["shard_size"])
     return ScoreEstimate(
         images=count,
         sample=len(sample),
@@ -358,8 +378,8 @@ def estimate(
         bytes_read=sum(read for _, _, read in scored) / len(sample),
         bytes_written=written / len(sample),
         errors=sum(row["error"] is not None for row, _, _ in scored),
-        workers=min(workers or processors(device, asked["threads"]), shards),
-        shards=shards,
+        workers=workers or processors(device, asked["threads"]),
+        shard_size=asked["shard_size"],
     )
 
 
