@@ -21,7 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -129,56 +130,49 @@ def ray(actors: int) -> tuple:
     return "--engine", "ray", "--address", ADDRESS, "--workers", actors
 
 
-class head:
+@contextmanager
+def head() -> Iterator[None]:
     """A Ray cluster of one machine, as `ray start` makes it."""
+    command = (
+        "start --head --port=6379 --node-ip-address=127.0.0.1 --num-cpus=2 --include-dashboard=false "
+        "--disable-usage-stats --object-store-memory=200000000"
+    )
+    try:
+        subprocess.run([Path(sys.executable).with_name("ray"), *command.split()], check=True, stdout=subprocess.DEVNULL)
+        yield
+    finally:
+        for process in inside():
+            if process.pid != os.getpid():
+                process.kill()
 
-    def __enter__(self) -> None:
-        self._ray(
-            "start",
-            "--head",
-            "--port=6379",
-            "--node-ip-address=127.0.0.1",
-            "--num-cpus=2",
-            "--include-dashboard=false",
-            "--disable-usage-stats",
-            "--object-store-memory=200000000",
-        )
 
-    def __exit__(self, *details: object) -> None:
-        for process in head_processes():
-            process.kill()
+def inside() -> list[psutil.Process]:
+    """All processes of this network namespace."""
+    mine = os.stat("/proc/self/ns/net").st_ino
 
-    def _ray(self, *arguments: str) -> None:
-        subprocess.run([Path(sys.executable).with_name("ray"), *arguments], check=True, stdout=subprocess.DEVNULL)
+    def is_inside(process: psutil.Process) -> bool:
+        try:
+            return os.stat(f"/proc/{process.pid}/ns/net").st_ino == mine
+        except OSError:
+            return False
+
+    return [process for process in psutil.process_iter(["cmdline"]) if is_inside(process)]
+
+
+def command_line(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or ())
 
 
 def head_processes() -> list[psutil.Process]:
-    """Those of this namespace's cluster that are neither workers nor drivers."""
-    mine = os.stat("/proc/self/ns/net").st_ino
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        try:
-            inside = os.stat(f"/proc/{process.pid}/ns/net").st_ino == mine
-        except OSError:
-            continue
-        if inside and "/ray/" in line and "ddad" not in line.split(" ")[0] and not line.startswith("ray::"):
-            found.append(process)
-    return found
+    """Those of the cluster that are neither actors nor drivers."""
+    others = ("ray::_Actor", "ddad.cli", Path(__file__).name)
+    lines = {process: command_line(process) for process in inside()}
+    return [process for process, line in lines.items() if "ray" in line and not any(other in line for other in others)]
 
 
 def actor_processes(doing: str = "") -> list[psutil.Process]:
     """Actors; they call themselves after their class and what they do."""
-    mine = os.stat("/proc/self/ns/net").st_ino
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        try:
-            if line.startswith(f"ray::_Actor{doing}") and os.stat(f"/proc/{process.pid}/ns/net").st_ino == mine:
-                found.append(process)
-        except OSError:
-            continue
-    return found
+    return [process for process in inside() if command_line(process).startswith(f"ray::_Actor{doing}")]
 
 
 class Memory(threading.Thread):

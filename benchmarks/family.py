@@ -1,6 +1,6 @@
 """One network for many categories, or one for each: what it costs in quality, at equal steps in all.
 
-    python benchmarks/family.py TILE --out FOLDER [--steps 4500] [--size 64] [--seed 0]
+    python benchmarks/family.py TILE --out FOLDER [--steps 2400] [--size 64] [--seed 0]
 
 Three categories: TILE, a folder in MVTec layout such as Magnetic Tile Defects, and two kinds of rendered parts, the
 demo's flange and one of other dimensions. Three ways to train: a family (`told`, a class-conditional network), a family
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tile", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4500, help="in all")
+    parser.add_argument("--steps", type=int, default=2400, help="in all")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
