@@ -55,7 +55,12 @@ class Processes:
         return range(self.number * each, (self.number + 1) * each)
 
     def told(self, error: Exception, code: int = FAILED) -> BaseException:
-        """What to raise where all processes know of an error: itself in the main one, SystemExit in the others."""
+        """What to raise where all processes know of an error: itself in the main one, SystemExit in the others.
+
+        The group ends here; a process that left it to the interpreter's end was seen to abort.
+        """
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         if self.is_main:
             return error
         time.sleep(HEARING)
