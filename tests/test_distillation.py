@@ -397,6 +397,7 @@ def test_a_student_of_another_model_is_left_out(taught, photos, tmp_path, change
         load(tmp_path / "changed", fast=True)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(model, photos, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     result = run("distill", tmp_path / "model", photos, "--steps", 2, "--device", "cpu")

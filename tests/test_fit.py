@@ -57,6 +57,7 @@ def assert_same_model(a: Path, b: Path) -> None:
     assert read_record(a)["calibration"] == read_record(b)["calibration"]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_gives_the_same_model_bit_for_bit(photos, tmp_path):
     """kill -9 at changing moments, some of them in the middle of a save, since here every step is saved."""
     steps = 6

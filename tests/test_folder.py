@@ -82,7 +82,8 @@ def test_test_and_masks_are_optional(tmp_path):
         (["train/good/readme.md"], "but found only other files such as readme.md"),
         (
             ["tile/train/good/0.png", "wood/train/good/0.png"],
-            "expected one category, but found 2 (tile, wood); name one of them, such as ROOT/tile.",
+            "expected one category, but found 2 (tile, wood); name one of them, such as ROOT/tile, or "
+            "train one network for all with --categories all.",
         ),
         (["test/bent/0.png"], "expected train/good beside test, but there is no train; put the good images into"),
         (

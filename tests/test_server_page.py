@@ -58,7 +58,7 @@ def defective():
     return pixels
 
 
-GOOD, BAD = png(photo(112)), png(defective())
+GOOD, BAD = png(photo(146)), png(defective())
 
 
 def file(name, content=GOOD):

@@ -74,6 +74,7 @@ def expected(followed):
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once(followed):
     assert followed.said.count(f"Followed by tensorboard, mlflow in {followed.folder / 'part.logs'}.") == 3
     events = EventAccumulator(str(followed.folder / "part.logs" / "part")).Reload()
@@ -85,6 +86,7 @@ def test_tensorboard_shows_each_step_once(followed):
     assert "training.learning_rate: 0.0008" in settings.read_text()
 
 
+@pytest.mark.slow
 def test_mlflow_has_one_run_with_settings_and_values(followed):
     from mlflow import MlflowClient
 

@@ -345,7 +345,9 @@ def score(
     threads: Annotated[int, typer.Option(min=1, help="Of each worker.")] = 1,
     readers: Annotated[int, typer.Option(min=1, help="Threads of each worker that fetch and decode.")] = 4,
     heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Also write the anomaly maps, as .npz.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how long it would take, from a sample.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what all would take here, from a sample.")
+    ] = False,
     price: Annotated[
         float | None, typer.Option(min=0, help="Of one worker an hour, for the cost in a dry run.")
     ] = None,
@@ -356,7 +358,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score an archive of any size into Parquet. The same command again goes on where it was stopped."""
-    from ddad.bulk.run import estimate, score_manifest
+    from ddad.bulk.run import check_engine, estimate, score_manifest
 
     options: dict[str, Any] = {
         "shard_size": shard_size,
@@ -370,6 +372,7 @@ def score(
         "device": device,
     }
     least, most = workers or (1, None)
+    check_engine(engine, address, gpus_per_worker, least)
     if dry_run:
         expected = estimate(model, manifest, workers=most, **options)
         print(json.dumps(expected.to_dict(price), indent=2) if as_json else expected.sentence(price))
@@ -776,7 +779,7 @@ def info(model: Model, as_json: AsJson = False) -> None:
         "converted from": record.get("converted", {}).get("checkpoint", {}).get("file"),
         "trained": record.get("trained"),
         "steps": training.get("steps"),
-        "held-out loss": training.get("held_out_loss"),
+        "held-out loss": _figure(training["held_out_loss"]) if training.get("held_out_loss") else None,
         "good images": data
         and " + ".join(str(len(data[part])) for part in ("train", "select", "calibration"))
         + " (train + select + calibration)",
@@ -931,7 +934,7 @@ def _print_family(folder: Path, as_json: bool) -> None:
         "features": record["settings"]["scoring"]["features"],
         "trained": record.get("trained"),
         "steps": training.get("steps"),
-        "held-out loss": training.get("held_out_loss"),
+        "held-out loss": _figure(training["held_out_loss"]) if training.get("held_out_loss") else None,
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
@@ -1089,7 +1092,7 @@ class _ProgressPrinter:
             )
 
     def scored(self, progress: "ScoreProgress") -> None:
-        said = f"{progress.flagged:,} anomalous, {progress.errors:,} not inspected"
+        said = f"in this run {progress.flagged:,} anomalous, {progress.errors:,} not inspected"
         if self.console.is_terminal:
             if self.bar is None:
                 self._start(progress.images)
@@ -1098,10 +1101,8 @@ class _ProgressPrinter:
         tenth = 10 * progress.done // progress.images
         if tenth > self.tenth:
             self.tenth = tenth
-            self.console.print(
-                f"{progress.done:,} of {progress.images:,} photographs, {said}, {_time(progress.seconds_left)} left",
-                markup=False,
-            )
+            left = "" if progress.seconds_left is None else f"; {_time(progress.seconds_left)} left"
+            self.console.print(f"{progress.done:,} of {progress.images:,} photographs; {said}{left}", markup=False)
 
     def _start(self, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -94,7 +94,7 @@ class Actors:
         self._ray = _ray()
         self._make, self._arguments = make, self._ray.put(arguments)
         self._most, self._least = most, least
-        self._needs = f"{cpus:g} processors" + (f" and {gpus:g} GPUs" if gpus else "")
+        self._needs = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
         self._on_idle, self._idle_seconds = on_idle, 0.0
         self._in_vain = 0  # that ended before they were up, one after the other
         # No restarts and no retries of Ray's own: the loop knows what is left to do.
@@ -169,7 +169,7 @@ class Actors:
         if before < _IDLE_SECONDS <= self._idle_seconds:
             self._on_idle(
                 f"{len(self._free)} of {self._most} workers are up after {_IDLE_SECONDS:.0f} s; each wants "
-                f"{self._needs} of one machine. Waiting for the cluster to have them."
+                f"{self._needs} of one machine. Waiting for them to start, or for the cluster to have room."
             )
 
 

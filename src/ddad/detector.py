@@ -588,12 +588,7 @@ class Detector(Inspector):
         folder = model_folder(model, revision)
         record = read_record(folder)
         if fast:
-            folder /= STUDENT
-            if not (folder / RECORD).is_file():
-                raise ModelError(
-                    f"Expected a one-call student in {folder.parent}, found none; make it with ddad distill "
-                    f"{folder.parent} DATA, or leave out --fast."
-                )
+            folder = student_folder(folder)
             record = read_record(folder)
         settings, shape, known = load_record(folder, record)
         backend, precision = _computed(known["calibration"], backend, precision)
@@ -707,8 +702,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if is_family(folder):
         raise ModelError(
-            f"Expected a model of one category, found a family of many in {folder}; ddad predict, evaluate and info "
-            "take it, and ddad.family.Family, whose detector(NAME).save_pretrained(FOLDER) makes a model of one."
+            f"Expected a model of one category, found a family of many in {folder}; ddad predict, evaluate, score and "
+            "info take it, and ddad.family.Family, whose detector(NAME).save_pretrained(FOLDER) makes a model of one."
         )
     if not path.is_file():
         raise ModelError(
@@ -800,6 +795,16 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(files)}
 
 
+def student_folder(folder: Path) -> Path:
+    """The folder of a model's one-call student; raises ModelError where it has none."""
+    if not (folder / STUDENT / RECORD).is_file():
+        raise ModelError(
+            f"Expected a one-call student in {folder}, found none; make it with ddad distill {folder} DATA, or leave "
+            "out --fast."
+        )
+    return folder / STUDENT
+
+
 def check_files(folder: str | Path, fast: bool = False) -> str:
     """Check a model's files, or with `fast` those of its student, against the hashes in its `detector.json`.
 
@@ -809,7 +814,9 @@ def check_files(folder: str | Path, fast: bool = False) -> str:
     Raises:
         ModelError: there is no model, it has no hashes, or a file is another one, missing or too many.
     """
-    folder = Path(folder) / STUDENT if fast else Path(folder)
+    folder = Path(folder)
+    if fast:
+        folder = student_folder(folder)
     expected, found = read_record(folder).get("files"), _file_hashes(folder)
     if not expected:
         raise ModelError(

@@ -29,8 +29,8 @@ def predict_batches(
     """Score the photographs of data frames; for `mapInPandas` of Spark and `map_partitions` of Dask.
 
     Args:
-        frames: each with a column `uri`: paths or URIs that this process can read; `etag` and `category` where there
-            are any. One is in memory at a time.
+        frames: each with a column `uri`: paths or URIs that this process can read, relative ones from its working
+            folder; `etag` and `category` where there are any. One is in memory at a time.
         model: a model folder that this process can read, or owner/name on the hub. It is loaded once a process.
         batch_size, readers, threads, fast, backend, precision, device: as of `ddad.bulk.run.score_manifest`.
 

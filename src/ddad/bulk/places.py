@@ -40,7 +40,7 @@ def absolute(place: str | os.PathLike[str]) -> str:
 
 def join(folder: str, name: str) -> str:
     """A place inside a folder; `name` as it is, where it is absolute already."""
-    if not is_local(name) or name.startswith("/"):
+    if not folder or not is_local(name) or name.startswith("/"):
         return name
     return f"{folder.rstrip('/')}/{name}"
 
@@ -57,7 +57,9 @@ def file_system(place: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(place)
     except ImportError as error:
-        raise ConfigError(f"Expected the package that reads {place}, found none ({reason(error)}).") from None
+        raise ConfigError(
+            f"Expected the package that reads {place}, found none ({reason(error)}); pip install it."
+        ) from None
     except ValueError as error:
         raise DataError(
             f"Expected a path, or a URI of a kind that fsspec reads, found {place} ({reason(error)}); check its name."

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddad.backends import check_backend
 from ddad.bulk import places
 from ddad.bulk.crew import Crew, Lost, Processes, drive
 from ddad.bulk.job import LOG, MAPS, Job, finished, open_job
@@ -23,8 +24,9 @@ from ddad.bulk.scoring import Scored, Scorer, ShardScorer, model_hash
 from ddad.bulk.tables import Entry, encode_maps, encode_results, read_manifest
 from ddad.cluster import Actors, connect, room
 from ddad.comparison import duration
-from ddad.detector import model_folder
+from ddad.detector import is_family, model_folder
 from ddad.errors import ConfigError, DataError, Interrupted
+from ddad.family import check_computed
 from ddad.files import remove_leftovers
 from ddad.unet import choose_device, parse_device
 
@@ -33,6 +35,7 @@ BATCH_SIZE = 8
 SAMPLE = 64
 SHARD_SECONDS = 180.0
 SHARDS_A_WORKER = 20
+LEAST_SHARD = 30
 """A shard of minutes loses little with its worker, and many a worker let all end together (docs/scale.md)."""
 
 
@@ -47,20 +50,24 @@ class ScoreProgress:
     """In this run."""
     errors: int
     """In this run."""
-    seconds_left: float
-    """By the speed of this run so far."""
+    seconds_left: float | None
+    """By the speed of this run, once every worker has had time to end a shard."""
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """What a run did."""
+    """What a run did; what earlier runs of the same job found is in their results alone."""
 
     images: int
     """Photographs of its shards."""
+    before: int
+    """Of these, scored by earlier runs."""
     scored: int
-    """Photographs scored in this run."""
+    """Scored by this run."""
     flagged: int
+    """Of those that this run scored."""
     errors: int
+    """Of those that this run scored."""
     given_up: tuple[int, ...]
     """Shards that ended every worker that tried them."""
     seconds: float
@@ -72,10 +79,13 @@ class ScoreReport:
         if not self.images:
             return "There are fewer shards than slices, and none for this one."
         if not self.scored and not self.given_up:
-            return f"All {self.images:,} photographs are scored. Results are in {places.join(out, '*.parquet')}."
+            return (
+                f"All {self.images:,} photographs were scored before. Results are in {places.join(out, '*.parquet')}."
+            )
+        before = f"; {self.before:,} were scored before" if self.before else ""
         text = (
-            f"{self.scored:,} of {self.images:,} photographs scored in {duration(self.seconds)}: {self.flagged:,} "
-            f"anomalous, {self.errors:,} not inspected. Results are in {places.join(out, '*.parquet')}."
+            f"{self.scored:,} photographs done in {duration(self.seconds)}: {self.flagged:,} anomalous, "
+            f"{self.errors:,} not inspected{before}. Results are in {places.join(out, '*.parquet')}."
         )
         if self.given_up:
             shards = ", ".join(map(str, self.given_up[:5])) + (", ..." if len(self.given_up) > 5 else "")
@@ -101,6 +111,9 @@ class ScoreEstimate:
     """An image."""
     errors: int
     """In the sample."""
+    first_error: str | None
+    load_seconds: float
+    """Until a worker can begin."""
     workers: int
     shard_size: int
 
@@ -121,8 +134,9 @@ class ScoreEstimate:
     def best_shard_size(self) -> int:
         """Photographs that take a worker a few minutes, or fewer where there would be few shards; a round number."""
         most = min(SHARD_SECONDS * self.images_per_second, self.images / (SHARDS_A_WORKER * self.workers))
-        digits = 10 ** math.floor(math.log10(max(most, 1)))
-        return max(1, math.floor(most / digits) * digits)
+        most = max(most, LEAST_SHARD)
+        digits = 10 ** math.floor(math.log10(most))
+        return math.floor(most / digits) * digits
 
     def to_dict(self, price: float | None = None) -> dict[str, Any]:
         derived = ("worker_hours", "hours", "best_shard_size")
@@ -131,18 +145,20 @@ class ScoreEstimate:
 
     def sentence(self, price: float | None = None) -> str:
         cost = "" if price is None else f", which cost {price * self.worker_hours:,.2f}"
+        failed = f"; {self.errors} could not be inspected ({self.first_error})" if self.errors else ""
         advice = ""
-        if self.shard_size > 2 * self.best_shard_size:
+        if self.shard_size > 2 * self.best_shard_size and 3600 * self.hours > SHARD_SECONDS:
             advice = (
                 f" Shards of this size are long for so many workers: --shard-size {self.best_shard_size} loses less "
                 "with a worker, and keeps all busy to the end."
             )
         return (
-            f"{self.images:,} photographs in {self.shards:,} shards. A sample of {self.sample} took one worker of this "
-            f"machine {1000 / self.images_per_second:.0f} ms each; {self.errors} could not be inspected. "
-            f"All would take {duration(3600 * self.hours)} with {self.workers} workers "
-            f"({self.worker_hours:,.2g} worker hours{cost}), read {_bytes(self.images * self.bytes_read)} and write "
-            f"{_bytes(self.images * self.bytes_written)}. Nothing was written.{advice}"
+            f"{_count(self.images, 'photograph')} in {_count(self.shards, 'shard')}. Of a sample of {self.sample} "
+            f"each took one worker of this machine, alone, {1000 / self.images_per_second:.0f} ms{failed}. All would "
+            f"take {duration(3600 * self.hours)} with {_count(self.workers, 'worker')} ({self.worker_hours:,.2g} hours "
+            f"of one{cost}), and {duration(self.load_seconds)} to start; several on one machine are slower each. They "
+            f"would read {_bytes(self.images * self.bytes_read)} and write {_bytes(self.images * self.bytes_written)}. "
+            f"Nothing was written.{advice}"
         )
 
 
@@ -187,34 +203,34 @@ def score_manifest(
         ModelError: a model that cannot be loaded, or is not the one the job began with.
         Interrupted: Ctrl-C; the same call goes on.
     """
-    if engine not in ("local", "ray"):
-        raise ConfigError(f"Expected an engine among local, ray, found {engine!r}.")
+    check_engine(engine, address, gpus_per_worker, least_workers)
     if not 1 <= slice_of[0] <= slice_of[1]:
         raise ConfigError(f"Expected a slice from 1/n to n/n, found {slice_of[0]}/{slice_of[1]}.")
     started = time.monotonic()
     out, manifest = places.absolute(out), places.absolute(manifest)
     folder = model_folder(model)
     device = _device(engine, options.pop("device", None), gpus_per_worker)
+    if engine == "ray":
+        connect(address)  # before anything is written
     job = open_job(out, manifest, job_options(folder, device, **options))
-    working = time.monotonic()
     mine = range(slice_of[0] - 1, job.shards, slice_of[1])
     there = finished(out)
     left = [shard for shard in mine if shard not in there]
     images = sum(map(job.rows, mine))
     before = images - sum(map(job.rows, left))
-    said = f"{job.images:,} photographs in {job.shards:,} shards, as listed on {job.created}"
+    said = f"{_count(job.images, 'photograph')} in {_count(job.shards, 'shard')}, as listed on {job.created}"
     on_stage(said + (f"; {before:,} of {images:,} are scored already." if before else "."))
     flagged = errors = done = 0
     given_up: list[int] = []
     if left:
         if engine == "ray":
-            connect(address)
             cpus = float(job.threads)
             gpus = gpus_per_worker if gpus_per_worker is not None else float(job.device == "cuda")
+            count = min(workers or room(cpus, gpus), len(left))
             crew: Crew = Actors(
                 _scorer_of_files,
                 (_files(folder), out, job, readers, device),
-                most=min(workers or room(cpus, gpus), len(left)),
+                most=count,
                 least=min(least_workers, len(left)),
                 cpus=cpus,
                 gpus=gpus,
@@ -229,22 +245,42 @@ def score_manifest(
                 log(shard=shard, lost=reason)
                 on_stage(f"Shard {shard} lost its worker ({reason}).")
 
+            warm: tuple[float, int] | None = None  # when all workers had ended a shard: the time, and what was done
             try:
-                for shard, result in drive(crew, left, lost):
+                for number, (shard, result) in enumerate(drive(crew, left, lost), start=1):
                     if isinstance(result, Lost):
                         given_up.append(shard)
                         continue
                     assert isinstance(result, Scored)
                     log(**asdict(result))
                     done, flagged, errors = done + result.images, flagged + result.flagged, errors + result.errors
-                    pace = (time.monotonic() - working) / done
-                    on_progress(ScoreProgress(before + done, images, flagged, errors, pace * (images - before - done)))
+                    now, seconds_left = time.monotonic(), None
+                    if warm and done > warm[1]:
+                        seconds_left = (now - warm[0]) / (done - warm[1]) * (images - before - done)
+                    elif number >= count:
+                        warm = now, done
+                    on_progress(ScoreProgress(before + done, images, flagged, errors, seconds_left))
             except KeyboardInterrupt:
                 raise Interrupted(f"{before + done:,} of {images:,} photographs") from None
     if places.is_local(out) and len(finished(out)) == job.shards:
-        for folder in (Path(out), Path(out) / MAPS):
-            remove_leftovers(folder)  # of killed workers
-    return ScoreReport(images, done, flagged, errors, tuple(given_up), time.monotonic() - started)
+        for place in (Path(out), Path(out) / MAPS):
+            remove_leftovers(place)  # of killed workers
+    return ScoreReport(images, before, done, flagged, errors, tuple(given_up), time.monotonic() - started)
+
+
+def check_engine(engine: str, address: str | None, gpus_per_worker: float | None, least_workers: int) -> None:
+    """Raises ConfigError for an unknown engine, or for what only Ray can do."""
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"Expected an engine among local, ray, found {engine!r}.")
+    if engine == "local":
+        given = {
+            "--address": address,
+            "--gpus-per-worker": gpus_per_worker,
+            "the least of --workers": least_workers > 1,
+        }
+        for name, value in given.items():
+            if value:
+                raise ConfigError(f"Expected --engine ray for {name}, found local; say --engine ray, or leave it out.")
 
 
 def job_options(
@@ -271,6 +307,10 @@ def job_options(
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size), ("threads", threads)):
         if value < 1:
             raise ConfigError(f"Expected {name} to be at least 1, found {value}.")
+    if is_family(model):
+        check_computed(fast, backend, precision)
+    else:
+        check_backend(backend or "torch", precision or "fp32", device if backend else None)
     return {
         "model": model_hash(model, fast),
         "shard_size": shard_size,
@@ -302,7 +342,8 @@ def processors(device: str, threads: int) -> int:
     """How many workers this machine has processors for, or GPUs."""
     if parse_device(device).type == "cuda":
         return torch.cuda.device_count()
-    return max(1, len(os.sched_getaffinity(0)) // threads)
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return max(1, (len(affinity(0)) if affinity else os.cpu_count() or 1) // threads)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -351,6 +392,7 @@ def estimate(
     count, sample = _sample(rows)
     if not count:
         raise DataError(f"Expected photographs in {manifest}, found none; name another folder or manifest.")
+    started = time.monotonic()
     scorer = Scorer.load(
         folder,
         fast=asked["fast"],
@@ -364,9 +406,11 @@ def estimate(
     )
     warm = sample[: asked["batch_size"]]
     list(scorer.rows(warm))  # the first batch chooses kernels
+    load_seconds = time.monotonic() - started
     started = time.monotonic()
     scored = list(scorer.rows(sample))
     seconds = time.monotonic() - started
+    failures = [row["error"] for row, _, _ in scored if row["error"]]
     written = len(encode_results([row for row, _, _ in scored]))
     if asked["heatmaps"]:
         maps = [prediction.anomaly_map.astype("float16") for _, prediction, _ in scored if prediction]
@@ -374,13 +418,19 @@ def estimate(
     return ScoreEstimate(
         images=count,
         sample=len(sample),
-        images_per_second=len(sample) / seconds,
+        images_per_second=(len(sample) - len(failures) or len(sample)) / seconds,
         bytes_read=sum(read for _, _, read in scored) / len(sample),
         bytes_written=written / len(sample),
-        errors=sum(row["error"] is not None for row, _, _ in scored),
+        errors=len(failures),
+        first_error=failures[0] if failures else None,
+        load_seconds=load_seconds,
         workers=workers or processors(device, asked["threads"]),
         shard_size=asked["shard_size"],
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _bytes(count: float) -> str:

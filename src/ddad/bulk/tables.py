@@ -5,6 +5,7 @@ written down as a listing, cut into shards, so that all workers and all later ru
 the folder meanwhile, and each finds its shard without reading the others.
 """
 
+import csv
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.dataset
 import pyarrow.parquet
 
 from ddad.bulk import places
@@ -80,9 +79,9 @@ def read_manifest(manifest: str) -> tuple[str, Iterator[tuple[str, str | None, s
             return manifest, ((place, etag, None) for place, etag in places.images(manifest))
         return manifest, _columns(_parquet(places.join(manifest, name)) for name in parts)
     folder = manifest.rpartition("/")[0]
-    if manifest.endswith(".parquet"):
+    if manifest.lower().endswith(".parquet"):
         return folder, _columns([_parquet(manifest)])
-    if manifest.endswith(".csv"):
+    if manifest.lower().endswith(".csv"):
         return folder, _columns([_csv(manifest)])
     raise DataError(f"Expected a manifest that ends in .parquet or .csv, or a folder, found {manifest}; rename it.")
 
@@ -103,14 +102,16 @@ def _parquet(place: str) -> Batches:
 
 
 def _csv(place: str) -> Batches:
+    # Python's own reader: threads of Arrow's were seen to end a process badly that stops in the middle of a file.
     def batches() -> Iterator[pa.RecordBatch]:
         files, path = places.file_system(place)
         with files.open(path, "rb") as opened:
-            wanted = _wanted(pyarrow.csv.open_csv(opened).schema.names, place)
-        # Only these and as text: of the others types would be guessed, and a later row may not fit the guess.
-        text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted)
-        with files.open(path, "rb") as opened:
-            yield from pyarrow.csv.open_csv(opened, convert_options=text)
+            rows = csv.DictReader(io.TextIOWrapper(opened, encoding="utf-8-sig", newline=""), strict=True)
+            wanted = _wanted(list(rows.fieldnames or ()), place)
+            for some in chunks(rows, 1 << 14):
+                if any(None in row or None in row.values() for row in some):
+                    raise ValueError(f"a row before line {rows.line_num + 1} has another number of columns")
+                yield pa.record_batch({name: pa.array([row[name] for row in some], pa.string()) for name in wanted})
 
     return place, batches()
 
@@ -187,7 +188,7 @@ def read_shard(listing: str, shard: int, shard_size: int) -> list[Entry]:
     try:
         files, path = places.file_system(part)
         with files.open(path, "rb") as opened:
-            table = pyarrow.parquet.ParquetFile(opened).read_row_group(shard % SHARDS_A_PART)
+            table = pyarrow.parquet.ParquetFile(opened).read_row_group(shard % SHARDS_A_PART, use_threads=False)
     except Exception as error:
         raise DataError(
             f"Expected the listing of this job in {part}, found none that can be read ({places.reason(error)}); begin "
@@ -221,7 +222,7 @@ def read_results(out: str) -> Iterator[dict[str, Any]]:
     for name in shards:
         files, path = places.file_system(places.join(out, name))
         with files.open(path, "rb") as opened:
-            yield from pyarrow.parquet.read_table(opened).to_pylist()
+            yield from pyarrow.parquet.ParquetFile(opened).read(use_threads=False).to_pylist()
 
 
 def encode_maps(rows: list[int], maps: list[np.ndarray]) -> bytes:

@@ -86,7 +86,7 @@ def _refuse_if_not_plain(root: Path, kinds: list[str]) -> None:
         shown = ", ".join(categories[:5]) + (", ..." if len(categories) > 5 else "")
         raise DataError(
             f"{root}: expected one category, but found {len(categories)} ({shown}); name one of them, such as "
-            f"{root / categories[0]}."
+            f"{root / categories[0]}, or train one network for all with --categories all."
         )
     if "test" in kinds or "ground_truth" in kinds:
         raise DataError(
