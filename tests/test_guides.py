@@ -69,7 +69,7 @@ def prepare(guide, folder):
     """And what single guides ask for."""
     if guide != QUICK:
         take_photographs(folder)
-    if guide in ("how-to-read-a-heatmap", "export-and-deploy"):
+    if guide in ("how-to-read-a-heatmap", "export-and-deploy", "score-an-archive"):
         settings = make_settings("xs", image_size=32, false_alarms=0.05, adaptation={"epochs": 0})
         fit(folder / "photos", folder / "model", settings, steps=2)
     if guide == "reproduce-the-paper":
