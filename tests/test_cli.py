@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from analytic import GaussianUNet
-from ddad.cli import app, main
+from ddad.cli import app
 from ddad.config import make_settings
 from ddad.data.samples import paths_by_hash
 from ddad.detector import Detector, read_record
@@ -31,21 +31,6 @@ def ddad(*arguments, **options):
     """The command as installed, in a process of its own."""
     command = [sys.executable, "-m", "ddad.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
-
-
-@pytest.fixture
-def mistake(monkeypatch, capsys):
-    """What the command prints of a user's mistake, run in this process: it must be one line, and exit code 1."""
-
-    def told(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ddad", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        said = capsys.readouterr().err
-        assert (stopped.value.code, said.count("\n")) == (1, 1), said
-        return said
-
-    return told
 
 
 def pixels(seed, size=SHAPE):

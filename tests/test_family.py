@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import ddad.fit_family
-from ddad.cli import app, main
+from ddad.cli import app
 from ddad.config import make_settings
 from ddad.data.samples import content_hash
 from ddad.detector import Detector, read_record
@@ -376,21 +375,6 @@ def run(*arguments):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result.output
-
-
-@pytest.fixture
-def mistake(monkeypatch, capsys):
-    """What the command prints of a user's mistake: one line, and exit code 1."""
-
-    def told(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ddad", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        said = capsys.readouterr().err
-        assert (stopped.value.code, said.count("\n")) == (1, 1), said
-        return said
-
-    return told
 
 
 def test_predict_takes_a_family_and_infers_the_category_or_is_told(root, family_folder, tmp_path):

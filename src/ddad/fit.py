@@ -192,7 +192,7 @@ def fit(
 
         unet = _fresh_unet(settings)
         scheduler = create_scheduler(settings.network.prediction_type)
-        trainer = _trainer(unet, settings, on_device)
+        trainer = create_trainer(unet, settings, on_device)
         detector = Detector(unet, scheduler, prepared.features, settings, shape, image_rule=rule, device=trainer.device)
         done = store.latest_step()
         with processes.together() as decided:
@@ -253,20 +253,14 @@ def fit(
         )
         processes.leave()
         log.close()
-        if diverged(log.held_out):
-            on_stage(
-                f"Warning: training diverged. The held-out loss was {min(log.held_out):.4g} and is "
-                f"{log.held_out[-1]:.4g} at the end; this model is not to be trusted. Train again with another --seed."
-            )
+        if warning := divergence(log.held_out, "model"):
+            on_stage(warning)
         with trainer.averaged():
             passes = CheckpointStore(run / "adaptation")
             judges = [] if _across(split, settings) else select
             adaptation = adapt_features(detector, images, judges, estimate.adaptation_epochs, passes, on_stage)
             on_stage("Calibrating on good images that were not trained on.")
-            if _across(split, settings):
-                detector.calibrate_across(chain(select, calibration))
-            else:
-                detector.calibrate(spread(select, MOST_SELECT), calibration)
+            calibrate(detector, split, select, calibration)
             detector.record = {
                 "category": prepared.dataset.category,
                 "trained": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -361,7 +355,7 @@ def _assist(
     tiling = task["tiling"]
     with processes.together():
         images = ImageCache(task["train"], tiling.canvas, task["rule"], _memory(processes), workers)
-    trainer = _trainer(_fresh_unet(settings), settings, device)
+    trainer = create_trainer(_fresh_unet(settings), settings, device)
     with processes.together() as decided:
         if not task["planned"]:
             _step_seconds(trainer, settings, Tiles(images, tiling), time_budget)
@@ -380,6 +374,14 @@ def _fresh_unet(settings: Settings) -> Any:
     return create_unet(settings.network.architecture)
 
 
+def calibrate(detector: Detector, split: Split, select: ImageCache, calibration: ImageCache) -> None:
+    """Calibrate a detector on the good images that were not trained on: two sets, or one in folds where few."""
+    if _across(split, detector.settings):
+        detector.calibrate_across(chain(select, calibration))
+    else:
+        detector.calibrate(spread(select, MOST_SELECT), calibration)
+
+
 def _across(split: Split, settings: Settings) -> bool:
     good = len(split.train) + len(split.select) + len(split.calibration)
     return too_few_to_split(good, len(split.select), len(split.calibration), settings.false_alarms)
@@ -390,7 +392,18 @@ def diverged(held_out_losses: Sequence[float]) -> bool:
     return bool(held_out_losses) and held_out_losses[-1] > 1.5 * min(held_out_losses)
 
 
-def _trainer(unet: Any, settings: Settings, device: torch.device) -> Trainer:
+def divergence(held_out_losses: Sequence[float], what: str) -> str | None:
+    """A warning not to trust `what`, where the run that made it has diverged."""
+    if not diverged(held_out_losses):
+        return None
+    return (
+        f"Warning: training diverged. The held-out loss was {min(held_out_losses):.4g} and is "
+        f"{held_out_losses[-1]:.4g} at the end; this {what} is not to be trusted. Train again with another --seed."
+    )
+
+
+def create_trainer(unet: Any, settings: Settings, device: torch.device, labels: Sequence[int] | None = None) -> Trainer:
+    """A trainer as the settings say; `labels` as of `Trainer`."""
     return Trainer(
         unet,
         settings.training,
@@ -398,6 +411,7 @@ def _trainer(unet: Any, settings: Settings, device: torch.device) -> Trainer:
         max_timestep=settings.max_timestep,
         seed=settings.seed,
         device=device,
+        labels=labels,
     )
 
 
@@ -472,7 +486,7 @@ def _measure(
 
 def _step_seconds(trainer: Trainer, settings: Settings, tiles: Tiles, time_budget: float | None) -> float:
     """Of one training step, on copies; all processes take as many as the main one has time for."""
-    scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
+    scratch = create_trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device)
     agree = trainer.processes.as_main
     return _median_seconds(lambda index: scratch.step(tiles, index, 1000), _patience(time_budget), agree)
 

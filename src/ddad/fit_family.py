@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from torch import Tensor
 from ddad.checkpoint import CheckpointStore
 from ddad.config import Settings
 from ddad.data.folder import list_kinds, scan
-from ddad.data.samples import Dataset, Split, fingerprint, model_shape, split_good, spread, too_few_to_split
-from ddad.detector import (
-    Detector,
-)
+from ddad.data.samples import Dataset, Split, fingerprint, model_shape, split_good, spread
+from ddad.detector import Detector
 from ddad.errors import ConfigError, DataError, ModelError
 from ddad.family import LOG, Family, pooled, read_family
 from ddad.features import create_features, weights_license
@@ -39,8 +36,10 @@ from ddad.fit import (
     Estimate,
     ImageCache,
     RunLog,
+    calibrate,
+    create_trainer,
     differences,
-    diverged,
+    divergence,
     locked,
 )
 from ddad.images import ImageRule, fit_image_rule, list_images, probe
@@ -209,7 +208,7 @@ def train_family(
         unet = create_unet(settings.network.architecture, categories=len(set(labels.values())))
         scheduler = create_scheduler(settings.network.prediction_type)
         by_place = [list(labels.values())[member] for member in drawn.members for _ in range(tiling.number)]
-        trainer = _trainer(unet, settings, on_device, by_place)
+        trainer = create_trainer(unet, settings, on_device, by_place)
         detectors = {
             name: Detector(
                 unet, scheduler, features, settings, shape, image_rule=rule, device=trainer.device, label=label
@@ -251,11 +250,8 @@ def train_family(
             on_resume=log.resume,
         )
         log.close()
-        if diverged(log.held_out):
-            on_stage(
-                f"Warning: training diverged. The held-out loss was {min(log.held_out):.4g} and is "
-                f"{log.held_out[-1]:.4g} at the end; this family is not to be trusted. Train again with another --seed."
-            )
+        if warning := divergence(log.held_out, "family"):
+            on_stage(warning)
         training = {
             "steps": estimate.steps,
             "budget": asked["budget"],
@@ -273,10 +269,7 @@ def train_family(
             begins = 0
             for name, detector in detectors.items():
                 split, (select, calibration) = splits[name], others[name]
-                if _across(split, settings.false_alarms):
-                    detector.calibrate_across(chain(select, calibration))
-                else:
-                    detector.calibrate(spread(select, MOST_SELECT), calibration)
+                calibrate(detector, split, select, calibration)
                 own = range(begins, begins + len(split.train))
                 begins += len(split.train)
                 remembered = (images[place] for place in spread(own, MOST_REMEMBERED))
@@ -308,10 +301,6 @@ def _split(name: str, data: Dataset, false_alarms: float) -> Split:
         raise DataError(f"{name}: {error}") from None
 
 
-def _across(split: Split, false_alarms: float) -> bool:
-    return too_few_to_split(len(split.hashes), len(split.select), len(split.calibration), false_alarms)
-
-
 def _tiling(paths: Mapping[str, Sequence[Path]], settings: Settings) -> Tiling:
     """One tiling for all categories, each of which counts once, however many photographs it has."""
     rows, columns = settings.tiles
@@ -321,18 +310,6 @@ def _tiling(paths: Mapping[str, Sequence[Path]], settings: Settings) -> Tiling:
         sizes.append((1 / spans(rows), math.exp(stretch) / spans(columns)))
     tile = (settings.image_size,) * 2 if settings.square else model_shape(sizes, settings.image_size)
     return Tiling(rows, columns, tile)
-
-
-def _trainer(unet: Any, settings: Settings, device: torch.device, labels: Sequence[int]) -> Trainer:
-    return Trainer(
-        unet,
-        settings.training,
-        prediction_type=settings.network.prediction_type,
-        max_timestep=settings.max_timestep,
-        seed=settings.seed,
-        device=device,
-        labels=labels,
-    )
 
 
 def _measure(
@@ -349,7 +326,7 @@ def _measure(
     detector = next(iter(detectors.values()))
     settings, number = detector.settings, detector.tiling.number
     assert trainer.labels is not None
-    scratch = _trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device, trainer.labels)
+    scratch = create_trainer(copy.deepcopy(trainer.plain_unet), settings, trainer.device, trainer.labels)
     step_seconds = _seconds(lambda index: scratch.step(tiles, index, 1000))
     trainer.plain_unet.eval()
     image = np.zeros((*detector.shape, 3), np.uint8)
